@@ -1,0 +1,5 @@
+"""Fused attention kernels for interventions on the vision KV cache; none has landed yet.
+
+Import it as vfl_train.kernels. The folder above has no __init__.py on purpose: with one, a checkout on the
+path would shadow the package `kernels` of Hugging Face, which transformers imports where it is installed.
+"""

@@ -1,0 +1,248 @@
+"""The file contracts as code: what one command writes and another (or another program) reads.
+
+Layers are 0-based. Rates are shares in 0..1, intervals 95 %, losses nats per answer token.
+A file that does not follow its contract raises ConfigError naming the file and the key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vfl_train.errors import ConfigError, DataError
+
+SCHEMA_VERSION = 1
+BUILTIN_FUNCTIONS = ("recognition", "emotion", "count", "grounding", "relation", "ocr")
+FUNCTION_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+LANGUAGE = "language"  # the bucket of rows that do not need the image; never a function's name
+INTERVENTIONS = ("swap", "drop", "drop-from")
+PHASES = ("text", "decode")
+PATHS = ("engine", "reference")
+MATCHES = ("exact", "choice", "iou")
+STATUSES = ("ok", "not_measurable")
+LAYER_RULES = ("block", "paper")
+MIN_ANSWERED_PAIRS = 20
+
+
+def check_function_name(name: str) -> str:
+    """`name` if it may name a vision function. Raises ConfigError."""
+    if not isinstance(name, str) or not FUNCTION_NAME.match(name) or name == LANGUAGE:
+        raise ConfigError(
+            f"{name!r} is not a function name", "use lower-case letters, digits and _, not 'language'"
+        )
+    return name
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON file. Raises ConfigError if it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", "check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{path} is not valid JSON: {e}") from None
+
+
+# --- probe sets --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbePair:
+    """One line of `pairs.jsonl`: two images, one question, the right answer for each image.
+    `image_a`, `image_b` are paths inside the probe folder."""
+
+    function: str
+    image_a: str
+    image_b: str
+    question: str
+    answer_a: str
+    answer_b: str
+    match: str = "exact"
+
+    @classmethod
+    def from_json(cls, value: object) -> ProbePair:
+        """Check one parsed line. Raises DataError naming the key."""
+        if not isinstance(value, dict):
+            raise DataError("a pair must be a JSON object")
+        known = {f.name for f in fields(cls)}
+        for key in known - {"match"}:
+            if not isinstance(value.get(key), str) or not value[key].strip():
+                raise DataError(f"key {key!r} is missing, empty or not a string")
+        pair = cls(**{k: v for k, v in value.items() if k in known})
+        if not FUNCTION_NAME.match(pair.function) or pair.function == LANGUAGE:
+            raise DataError(f"{pair.function!r} is not a function name")
+        if pair.match not in MATCHES:
+            raise DataError(f"match must be one of {', '.join(MATCHES)}, not {pair.match!r}")
+        return pair
+
+
+# --- profile.json ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model a file speaks of."""
+
+    name_or_path: str
+    revision: str | None
+    model_type: str
+    num_layers: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class FunctionProfile:
+    """What a profile says of one function. `change_rate`, `flip_rate`, `ci95` and every control have one
+    entry a layer; a control that could not be measured is an empty list."""
+
+    status: str
+    pairs: int
+    pairs_answered: int
+    change_rate: list[float]
+    flip_rate: list[float]
+    ci95: list[list[float]]
+    controls: dict[str, list[float]]
+    peak_layer: int | None
+    layers: list[int]
+    flip_block: list[int]
+    distributed: bool
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`profile.json` (design, section 4)."""
+
+    model: ModelInfo
+    intervention: str
+    phase: str
+    path: str
+    dtype: str
+    seed: int
+    versions: dict[str, str]
+    probe_set: dict[str, str]
+    functions: dict[str, FunctionProfile]
+    drop_curve: dict[str, Any] = field(default_factory=dict)
+    drop_plan: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content, `schema_version` first."""
+        return {"schema_version": self.schema_version, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read `path` (a file, or a folder with profile.json in it). Raises ConfigError."""
+        path = Path(path)
+        path = path / "profile.json" if path.is_dir() else path
+        value = read_json(path)
+        if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigError(f"{path} is not a profile of schema version {SCHEMA_VERSION}", "profile again")
+        try:
+            model = ModelInfo(**value["model"])
+            functions = {
+                check_function_name(name): _function_profile(f) for name, f in value["functions"].items()
+            }
+            known = {f.name for f in fields(cls)} - {"model", "functions"}
+            profile = cls(model=model, functions=functions, **{k: v for k, v in value.items() if k in known})
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ConfigError(f"{path} does not follow the profile contract: {e}") from None
+        profile._check(path)
+        return profile
+
+    def _check(self, path: Path) -> None:
+        depth = self.model.num_layers
+        for name, f in self.functions.items():
+            for key in ("change_rate", "flip_rate", "ci95"):
+                if len(getattr(f, key)) not in (0, depth):
+                    raise ConfigError(f"{path}: functions.{name}.{key} must have {depth} entries")
+            if any(not isinstance(k, int) or not 0 <= k < depth for k in [*f.layers, *f.flip_block]):
+                raise ConfigError(f"{path}: functions.{name} names a layer outside 0-{depth - 1}")
+
+    def check_model(self, model: ModelInfo) -> list[str]:
+        """Refuse a model of another type, depth or width (ConfigError); return warnings about another
+        name or revision."""
+        for key in ("model_type", "num_layers", "hidden_size"):
+            ours, theirs = getattr(self.model, key), getattr(model, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"this profile is of a model with {key} {ours}, the model has {theirs}",
+                    "profile this model first",
+                )
+        return [
+            f"this profile is of {key} {getattr(self.model, key)!r}, the model is {getattr(model, key)!r}"
+            for key in ("name_or_path", "revision")
+            if getattr(self.model, key) != getattr(model, key)
+        ]
+
+    def layers_of(self, function: str, rule: str = "block") -> list[int]:
+        """The layers of `function`: its flip block (`block`) or the papers' half-peak block (`paper`).
+        Raises ConfigError if the function is unknown, not measurable or has no such layers."""
+        if function not in self.functions:
+            raise ConfigError(
+                f"the profile has no function {function!r}", f"it has {', '.join(self.functions) or 'none'}"
+            )
+        found = self.functions[function]
+        if found.status != "ok":
+            raise ConfigError(
+                f"{function} was not measurable: {found.pairs_answered} of {found.pairs} pairs answered",
+                f"at least {MIN_ANSWERED_PAIRS} are needed: more or easier pairs, or give --layers yourself",
+            )
+        layers = found.flip_block if rule == "block" else found.layers
+        if not layers:
+            raise ConfigError(
+                f"the profile found no layers for {function} by the rule {rule!r}",
+                "try the other --layer-rule or give --layers yourself",
+            )
+        return list(layers)
+
+
+def _function_profile(value: Mapping[str, Any]) -> FunctionProfile:
+    known = {f.name for f in fields(FunctionProfile)}
+    profile = FunctionProfile(**{k: v for k, v in value.items() if k in known})
+    if profile.status not in STATUSES:
+        raise TypeError(f"status {profile.status!r}")
+    return profile
+
+
+# --- scorecard.json ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FunctionScore:
+    """Accuracy in 0..1 with its Wilson interval; for an adapter also the base's and the change in points."""
+
+    accuracy: float
+    n: int
+    ci95: list[float]
+    base_accuracy: float | None = None
+    delta: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+def wilson(successes: float, n: float, z: float = 1.959963984540054) -> list[float]:
+    """95 % Wilson score interval of a share; [0, 1] for n = 0. `n` may be an effective sample size."""
+    if n <= 0:
+        return [0.0, 1.0]
+    p, z2 = successes / n, z * z
+    center = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return [max(0.0, center - half), min(1.0, center + half)]
+
+
+# --- scores.parquet ----------------------------------------------------------------------------
+
+
+def score_columns(functions: tuple[str, ...]) -> list[str]:
+    """Columns of `scores.parquet` in order."""
+    per_function = [f"{kind}_{f}" for f in functions for kind in ("loss", "delta")]
+    head = ["uid", "row", "source", "n_answer_tokens", "loss_full"]
+    return [*head, *per_function, "visual_gain", "bucket", "score", "flags", "selected"]
