@@ -1,0 +1,23 @@
+"""`vfl-train eval`."""
+
+from __future__ import annotations
+
+from vfl_train.cli.command import config_command
+from vfl_train.config import EvalConfig
+
+EXAMPLE = """
+vfl-train eval --model Qwen/Qwen2.5-VL-7B-Instruct --adapter adapter \\
+  --fail-if-drop ocr=1.0,count=2 --output eval
+"""
+
+
+@config_command("eval", EvalConfig, EXAMPLE)
+def evaluate(config: EvalConfig) -> None:
+    """Score each vision function; with an adapter, gains and losses.
+
+    Writes scorecard.json: accuracy with its 95 % interval for each function, and with --adapter the base's
+    accuracy and the change in points. --fail-if-drop makes it a gate: exit code 4 when a function lost more.
+    """
+    from vfl_train.evaluation.run import evaluate as call
+
+    call(config)

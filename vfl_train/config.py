@@ -1,0 +1,398 @@
+"""The settings of every command, one frozen dataclass each.
+
+A field is the option `--its-name` of the command line and the key `its_name` of a recipe; its help text is
+what --help shows. Rules between fields stand in `check`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vfl_train.common_options import (
+    DTYPES,
+    ModelOptions,
+    at_least,
+    check_device,
+    check_functions,
+    dry_run_option,
+    functions_option,
+    image_root_option,
+    layer_rule_option,
+    output_option,
+    overwrite_option,
+)
+from vfl_train.errors import ConfigError
+from vfl_train.options import Config, budget_rows, option, parse_layers, parse_weights
+from vfl_train.schemas import INTERVENTIONS, PATHS, PHASES, check_function_name
+
+METHODS = ("vfl", "random", "loss", "visual-gain")
+ABLATIONS = ("block", "blank", "nested", "knockout")
+CONTROLS = ("all", "random", "reversed")
+TARGETS = ("peft", "vllm", "sglang", "gguf")
+EMITS = ("peft", "llamafactory", "swift", "axolotl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(ModelOptions):
+    """`vfl-train profile`."""
+
+    output: Path = output_option("profile.json, profile.png and report.html")
+    adapter: str | None = option(None, metavar="A", help="LoRA adapter to put on the model first.")
+    functions: tuple[str, ...] = functions_option("[all of the probe set]")
+    probes: Path | None = option(
+        None, metavar="DIR", help="Folder with your own probe pairs. [the built-in ones]"
+    )
+    pairs: int = option(50, help="Probe pairs a function.")
+    intervention: str = option(
+        "swap",
+        choices=INTERVENTIONS,
+        help="swap: text reads the other image of the pair at this layer; drop: no image there; "
+        "drop-from: no image from this layer on.",
+    )
+    phase: str = option(
+        "text", choices=PHASES, help="Which queries are bound: all text after the image, or the answer's."
+    )
+    path: str = option(
+        "reference", choices=PATHS, help="Shared-prefix engine, or one plain forward per branch."
+    )
+    control_pairs: int = option(20, help="Pairs a function for the control swaps.")
+    batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
+    overwrite: bool = overwrite_option()
+    dry_run: bool = dry_run_option()
+
+    def check(self) -> None:
+        super().check()
+        check_functions(self.functions)
+        at_least(self, pairs=1, control_pairs=0, batch_tokens=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig(ModelOptions):
+    """`vfl-train select`."""
+
+    profile: str = option(metavar="P", help="profile.json of this model, its folder, or a Hub repo with one.")
+    data: str = option(
+        metavar="D", help="Data to sort and pick from: LLaVA, ShareGPT or messages JSON/JSONL."
+    )
+    image_root: Path | None = image_root_option()
+    budget: str = option("0.2", metavar="N", help="Share of the kept rows (below 1) or a number of rows.")
+    functions: tuple[str, ...] = functions_option("[all the profile could measure]")
+    method: str = option("vfl", choices=METHODS, help="How rows are scored.")
+    ablation: str = option(
+        "block", choices=ABLATIONS, help="What is taken away at a function's layers to see if a row needs it."
+    )
+    mix: str | None = option(
+        None, metavar="F=N,..", form="weights", help="Shares of the budget, like ocr=0.5,count=0.5."
+    )
+    layer_rule: str = layer_rule_option()
+    fill: bool = option(False, help="Complete the budget by score when the wanted buckets hold too few rows.")
+    from_scores: Path | None = option(
+        None, metavar="DIR", help="Output of an earlier select: pick again without running the model."
+    )
+    batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
+    output: Path = output_option("the selected rows, scores and report")
+    overwrite: bool = overwrite_option()
+    dry_run: bool = dry_run_option()
+
+    def check(self) -> None:
+        super().check()
+        check_functions(self.functions)
+        at_least(self, batch_tokens=1)
+        budget_rows(self.budget, 1)
+        if self.mix is not None:
+            self._check_mix(parse_weights(self.mix, "--mix"))
+
+    def _check_mix(self, mix: dict[str, float]) -> None:
+        strangers = [name for name in mix if self.functions and name not in self.functions]
+        if strangers:
+            raise ConfigError(f"--mix names {strangers[0]!r}, which --functions does not")
+        if sum(mix.values()) > 1 + 1e-9 or not any(mix.values()):
+            raise ConfigError(
+                f"--mix adds up to {sum(mix.values()):g}", "shares of the budget add up to at most 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(ModelOptions):
+    """`vfl-train lora`. The fields of the group training have the names of transformers.TrainingArguments,
+    those of LoRA the usual ones."""
+
+    profile: str | None = option(None, metavar="P", help="profile.json that says which layers to train.")
+    functions: tuple[str, ...] = option(
+        (), metavar="NAME,..", help="Train the layers of these vision functions.", excludes=("layers",)
+    )
+    layers: str | None = option(
+        None,
+        metavar="20-23,25",
+        form="list",
+        help="Train exactly these decoder layers (0-based, ranges inclusive).",
+        excludes=("functions",),
+    )
+    layer_rule: str = layer_rule_option()
+    data: str = option(metavar="D", help="Training data: LLaVA, ShareGPT or messages JSON/JSONL.")
+    image_root: Path | None = image_root_option()
+    output: Path = output_option("the adapter")
+    control: str | None = option(
+        None, choices=CONTROLS, help="Train a control instead: all layers, random ones, or the mirrored ones."
+    )
+    per_function: bool = option(False, help="One adapter a function, each on its own layers.")
+    cache_prefix: bool = option(False, help="Compute the layers below the lowest trained one only once.")
+    deepspeed: str | None = option(
+        None, metavar="zero2|zero3|FILE", help="DeepSpeed setting; needs the extra `deepspeed`."
+    )
+    num_processes: int = option(1, help="Processes to train with.")
+    dry_run: bool = dry_run_option()
+    overwrite: bool = overwrite_option()
+
+    lora_r: int = option(16, group="training", help="Rank.")
+    lora_alpha: int = option(32, group="training", help="Scale: the update counts alpha / rank times.")
+    lora_dropout: float = option(0.0, group="training", help="Dropout in the adapter.")
+    learning_rate: float = option(1e-4, group="training", help="Peak learning rate.")
+    num_train_epochs: float = option(1.0, group="training", help="Passes over the data.")
+    max_steps: int = option(-1, group="training", help="Optimizer steps; overrides the epochs when above 0.")
+    per_device_train_batch_size: int = option(1, group="training", help="Rows a device takes at once.")
+    gradient_accumulation_steps: int = option(8, group="training", help="Batches an optimizer step.")
+    lr_scheduler_type: str = option("cosine", group="training", help="Course of the learning rate.")
+    # TrainingArguments has no warmup_ratio any more: a share below 1 goes into warmup_steps.
+    warmup_steps: float = option(
+        0.03, group="training", help="Warm-up: a share of all steps (below 1) or a number of steps."
+    )
+    weight_decay: float = option(0.0, group="training", help="Weight decay.")
+    max_grad_norm: float = option(1.0, group="training", help="Gradients are clipped to this norm.")
+    logging_steps: int = option(10, group="training", help="Log every so many steps.")
+    save_steps: int = option(0, group="training", help="Checkpoint every so many steps; 0: only the end.")
+    report_to: str = option("none", group="training", help="none, tensorboard, wandb, ...")
+    bf16: bool | None = option(None, group="training", help="bfloat16 training. [where the device has it]")
+    dataloader_num_workers: int = option(0, group="training", help="Processes that load rows.")
+
+    def check(self) -> None:
+        super().check()
+        check_functions(self.functions)
+        self._check_layers()
+        self._check_training()
+
+    def _check_layers(self) -> None:
+        if self.layers is not None:
+            parse_layers(self.layers)
+        if self.layers is not None and self.functions:
+            raise ConfigError("--layers and --functions exclude each other", "give one of them")
+        if self.layers is None and not self.functions and self.control != "all":
+            raise ConfigError(
+                "nothing says which layers to train",
+                "--functions ocr,count takes them from the profile, --layers 20-23 names them",
+            )
+        if self.functions and self.profile is None and self.control != "all":
+            raise ConfigError("--functions needs --profile", "vfl-train profile makes one")
+        if self.per_function and not self.functions:
+            raise ConfigError("--per-function needs --functions", "name them, like --functions ocr,count")
+
+    def _check_training(self) -> None:
+        at_least(self, lora_r=1, lora_alpha=1, lora_dropout=0, learning_rate=0, num_processes=1)
+        at_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, logging_steps=1)
+        at_least(self, max_steps=-1, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=0)
+        at_least(self, dataloader_num_workers=0)
+        if self.lora_dropout >= 1:
+            raise ConfigError(f"--lora-dropout must be below 1, not {self.lora_dropout}")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ConfigError("--num-train-epochs must be above 0", "or give --max-steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(ModelOptions):
+    """`vfl-train eval`."""
+
+    adapter: str | None = option(None, metavar="A", help="Adapter to judge; its base is measured beside it.")
+    probes: Path | None = option(
+        None, metavar="DIR", excludes=("data",), help="Folder with probe pairs. [the built-in ones]"
+    )
+    # Not shared: a recipe's data is what the model was trained on.
+    data: str | None = option(
+        None, metavar="D", shared=False, excludes=("probes",), help="Score the answers of these rows instead."
+    )
+    image_root: Path | None = image_root_option()
+    functions: tuple[str, ...] = functions_option("[all]")
+    drop_from: tuple[int, ...] = option(
+        (), metavar="K,..", help="Also score with the image dropped from layer K on, for each K."
+    )
+    rerun: str | None = option(None, metavar="NAME", help="Also score with this function's layers run twice.")
+    fail_if_drop: str | None = option(
+        None,
+        metavar="F=N,..",
+        form="weights",
+        help="Exit 4 if a function lost more than N points against the base, like ocr=1.0,count=2.",
+    )
+    pairs: int = option(50, help="Probe pairs a function.")
+    max_new_tokens: int = option(32, help="Longest generated answer, in tokens.")
+    batch_size: int = option(32, help="Prompts at once.")
+    output: Path = output_option("scorecard.json")
+    overwrite: bool = overwrite_option()
+
+    def check(self) -> None:
+        super().check()
+        check_functions(self.functions)
+        at_least(self, pairs=1, max_new_tokens=1, batch_size=1)
+        if self.probes is not None and self.data is not None:
+            raise ConfigError("--probes and --data exclude each other", "give one of them")
+        if any(layer < 0 for layer in self.drop_from):
+            raise ConfigError("--drop-from takes 0-based layers", "write them like 24,20,16")
+        if self.rerun is not None:
+            check_function_name(self.rerun)
+        if self.fail_if_drop is not None:
+            for name in parse_weights(self.fail_if_drop, "--fail-if-drop"):
+                check_function_name(name)
+            if self.adapter is None:
+                raise ConfigError("--fail-if-drop compares an adapter with its base", "give --adapter too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnockoutConfig(ModelOptions):
+    """`vfl-train knockout`."""
+
+    data: str = option(metavar="D", help="Rows to choose the layer on and to hold out.")
+    image_root: Path | None = image_root_option()
+    shots: int = option(10, help="Rows to choose the layer on; the rest is held out.")
+    output: Path = output_option("knockout.json")
+    overwrite: bool = overwrite_option()
+
+    def check(self) -> None:
+        super().check()
+        at_least(self, shots=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Config):
+    """`vfl-train merge`."""
+
+    adapters: tuple[str, ...] = option(argument=True, metavar="ADAPTER...", help="Adapters to merge.")
+    model: str | None = option(None, metavar="NAME", help="Base model. [the one the adapters name]")
+    output: Path = output_option("the merged model")
+    allow_overlap: bool = option(False, help="Merge adapters that share layers; their updates add up.")
+    dtype: str = option("auto", choices=DTYPES, help="Number format of the merged weights.")
+    device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.")
+    overwrite: bool = overwrite_option()
+
+    def check(self) -> None:
+        check_device(self.device)
+        if not self.adapters:
+            raise ConfigError("no adapter to merge", "vfl-train merge ADAPTER [ADAPTER ...] --output DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Config):
+    """`vfl-train export`."""
+
+    source: Path = option(argument=True, metavar="DIR", help="Adapter or merged model to export.")
+    output: Path = output_option("what can be published")
+    target: str = option("peft", choices=TARGETS, help="Who will load it.")
+    push_to_hub: str | None = option(
+        None, metavar="USER/NAME", help="Upload there too; the token is the one of `hf auth login`."
+    )
+    knockout: Path | None = option(
+        None, metavar="FILE", help="knockout.json whose layer is knocked out for good."
+    )
+    overwrite: bool = overwrite_option()
+
+    def check(self) -> None:
+        if self.push_to_hub is not None and not re.match(r"[\w.-]+/[\w.-]+\Z", self.push_to_hub):
+            raise ConfigError(f"--push-to-hub must be USER/NAME, not {self.push_to_hub!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Config):
+    """`vfl-train verify`."""
+
+    folder: Path = option(argument=True, metavar="DIR", help="Adapter, export or merged model to verify.")
+    base: str | None = option(None, metavar="NAME", help="Base model. [the one the folder names]")
+    samples: int = option(4, help="Prompts to compare outputs on.")
+
+    def check(self) -> None:
+        at_least(self, samples=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrateConfig(Config):
+    """`vfl-train migrate`."""
+
+    adapter: Path = option(
+        argument=True, metavar="ADAPTER", help="Adapter with key names of an older version."
+    )
+    output: Path = output_option("the renamed adapter")
+    overwrite: bool = overwrite_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Config):
+    """`vfl-train plan`."""
+
+    profile: str = option(metavar="P", help="profile.json that says which layers to train.")
+    functions: tuple[str, ...] = functions_option("[all the profile could measure]")
+    layer_rule: str = layer_rule_option()
+    emit: str = option("peft", choices=EMITS, help="Trainer to write the settings for.")
+    model: str | None = option(None, metavar="NAME", help="Model to list modules of. [the profile's]")
+
+    def check(self) -> None:
+        check_functions(self.functions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """`vfl-train data`."""
+
+    action: str = option(
+        argument=True,
+        metavar="check|preview",
+        choices=("check", "preview"),
+        help="check: count and name bad rows; preview: show the first ones as the model will see them.",
+    )
+    data: str = option(argument=True, metavar="D", help="The data file.")
+    image_root: Path | None = image_root_option()
+    limit: int | None = option(None, help="Look at this many rows only.")
+
+    def check(self) -> None:
+        at_least(self, limit=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesConfig(Config):
+    """`vfl-train probes`."""
+
+    action: str = option(argument=True, metavar="check", choices=("check",), help="check: read every pair.")
+    folder: Path = option(argument=True, metavar="DIR", help="Folder with pairs.jsonl and its images.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Config):
+    """`vfl-train demo`."""
+
+    output: Path = option(Path("vfl-demo"), metavar="DIR", help="Folder to write to.")
+    overwrite: bool = overwrite_option()
+    seed: int = option(0, help="Seed of everything random.")
+
+    def check(self) -> None:
+        at_least(self, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """`vfl-train run`."""
+
+    recipe: str = option(argument=True, metavar="RECIPE", help="Recipe file, or the name of a bundled one.")
+
+
+# Commands that read a recipe, with the settings its section of that name may hold.
+COMMANDS: dict[str, type[Config]] = {
+    "profile": ProfileConfig,
+    "probes": ProbesConfig,
+    "select": SelectConfig,
+    "lora": LoraConfig,
+    "eval": EvalConfig,
+    "knockout": KnockoutConfig,
+    "merge": MergeConfig,
+    "export": ExportConfig,
+    "verify": VerifyConfig,
+    "migrate": MigrateConfig,
+    "plan": PlanConfig,
+    "data": DataConfig,
+}
