@@ -1,0 +1,396 @@
+"""From rows to tensors, with the one answer mask that training, selection and evaluation share.
+
+What the model must produce in a row is each assistant turn's content and the token that closes the turn.
+Where that is, is not guessed from token ids: the chat template is rendered once more with the answers
+replaced by markers, which gives every answer's place in the text; the processor reports where it
+expanded image placeholders, the tokenizer where each token lies; and at the end the closing token must
+stand exactly where it was computed. Whatever does not fit raises `EncodingError`.
+
+A template that closes assistant turns with no special token (LLaVA-1.5) gets the tokenizer's end-of-text
+token after each answer, as LLaVA's own training did; otherwise a model would never learn to stop.
+
+Legend: T tokens of one sample, B samples of a batch.
+What is not covered: videos, and thinking traces (a template that adds an empty one before the answer
+keeps it, unsupervised).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from PIL.Image import Image as PilImage
+
+from vfl_train.data.images import open_image
+from vfl_train.data.rows import Image, Message, Reason, Row, RowError
+from vfl_train.errors import DataError
+
+IGNORE = -100  # the label that the loss leaves out
+_TOKEN_KEYS = ("input_ids", "attention_mask")
+_BOOKKEEPING = ("offset_mapping", "text_replacement_offsets", "labels", *_TOKEN_KEYS)
+
+
+class EncodingError(RowError):
+    """A row that this model's processor cannot encode, or not with a certain answer mask."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample, ready for the model. `inputs` are the processor's tensors (input_ids and attention_mask
+    [1, T], pixel values in the processor's own shape), `answer_mask` bool [T] is true on the tokens
+    the model must produce."""
+
+    inputs: dict[str, torch.Tensor]
+    answer_mask: torch.Tensor
+
+    @property
+    def n_answer_tokens(self) -> int:
+        """Supervised tokens, the closing ones included."""
+        return int(self.answer_mask.sum())
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sample, image tokens included."""
+        return self.answer_mask.shape[0]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One answer in the rendered text, in characters: from `start` (what the generation prompt leaves to
+    the model) to `end`, the end of the closing special token `closing`."""
+
+    start: int
+    end: int
+    closing: str
+
+
+class Encoder:
+    """Turns messages and images into model inputs. Pure: the same arguments give the same tensors.
+
+    Raises:
+        DataError: the processor has no chat template or no fast tokenizer.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        tokenizer = processor.tokenizer
+        if not getattr(processor, "chat_template", None):
+            fix = "use an instruction-tuned model, or put its chat_template.jinja into the model folder"
+            raise DataError("the model's processor has no chat template", fix)
+        if not tokenizer.is_fast:
+            raise DataError("the model has no fast tokenizer, which token positions need", "convert it")
+        self.processor, self.tokenizer = processor, tokenizer
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._closing = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.placeholder_ids, self._placeholders = _placeholders(processor)
+
+    def encode(
+        self, messages: Sequence[Message], images: Sequence[PilImage], add_generation_prompt: bool = False
+    ) -> Encoded:
+        """Encode a conversation, with the answer mask over its assistant turns.
+
+        Args:
+            messages: the turns; their `Image` parts stand for `images`, in order.
+            images: RGB images.
+            add_generation_prompt: end with the header of an assistant turn.
+
+        Raises:
+            EncodingError: the processor cannot encode it, or the answers cannot be located for certain.
+        """
+        chat = self._chat(messages, images)
+        text = self._render(chat, add_generation_prompt)
+        text, answers = self._close_turns(text, self._locate(chat, text, add_generation_prompt))
+        outputs = self._process(text, images)
+        mask = self._answer_mask(outputs, text, answers)
+        inputs = {key: outputs[key] for key in _TOKEN_KEYS}
+        inputs.update((key, value) for key, value in outputs.items() if key not in _BOOKKEEPING)
+        return Encoded(inputs, mask)
+
+    def encode_prompt(self, messages: Sequence[Message], images: Sequence[PilImage]) -> Encoded:
+        """Encode a conversation that waits for an answer: its last turn is the user's and the header of
+        the assistant's turn follows. Arguments and errors as in `encode`."""
+        if not messages or messages[-1].role == "assistant":
+            raise EncodingError(Reason.turn_order, "a prompt must end with a user turn")
+        return self.encode(messages, images, add_generation_prompt=True)
+
+    def _chat(self, messages: Sequence[Message], images: Sequence[PilImage]) -> list[dict]:
+        """The messages as chat templates take them. An answer's pieces become one text."""
+        count = sum(isinstance(part, Image) for message in messages for part in message.content)
+        if count != len(images):
+            detail = f"{count} image places in the messages, {len(images)} images"
+            raise EncodingError(Reason.image_count_mismatch, detail)
+        for message in messages:
+            found = next((token for token in self._placeholders if token in message.text), None)
+            if found:
+                detail = f"the text ({message.role}) contains {found}, which this model takes for an image"
+                raise EncodingError(Reason.placeholder_in_text, detail)
+        return [{"role": message.role, "content": _content(message)} for message in messages]
+
+    def _render(self, chat: list[dict], add_generation_prompt: bool) -> str:
+        try:
+            return self.processor.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            detail = f"the chat template refuses the row: {error}"
+            raise EncodingError(Reason.not_encodable, detail) from error
+
+    def _locate(self, chat: list[dict], text: str, add_generation_prompt: bool) -> list[_Answer]:
+        """Where the answers are in `text`; `closing` is "" where the template closes no turn."""
+        turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+        if not turns:
+            return []
+        marked, markers = _with_markers(chat, turns)
+        frame = self._frame(self._render(marked, add_generation_prompt), markers)
+        spans = _match_answers(text, frame, [_text_of(chat[turn]) for turn in turns])
+        answers = []
+        for order, (turn, (start, end)) in enumerate(zip(turns, spans, strict=True)):
+            prompt = self._render(chat[:turn], True)
+            if text.startswith(prompt) and not text[len(prompt) : start].strip():
+                start = min(start, len(prompt))  # the whitespace between header and content is generated
+            own = self._render(marked[: turn + 1], False).rpartition(markers[order])[2]
+            # Only what belongs to this turn may close it, not the header of the next.
+            closing = self._closing.match(_shared_start(own, text[end:]))
+            answers.append(
+                _Answer(start, end + closing.end(), closing[1]) if closing else _Answer(start, end, "")
+            )
+        return answers
+
+    def _frame(self, rendered: str, markers: list[str]) -> list[str]:
+        """The text around the answers: before the first, between, after the last."""
+        frame = []
+        for marker in markers:
+            before, found, rendered = rendered.partition(marker)
+            if not found or marker in rendered:
+                raise EncodingError(Reason.not_encodable, "the chat template drops or repeats an answer")
+            frame.append(before)
+        return [*frame, rendered]
+
+    def _close_turns(self, text: str, answers: list[_Answer]) -> tuple[str, list[_Answer]]:
+        """Insert the end-of-text token behind answers whose turn the template leaves open."""
+        closed, added = [], 0
+        for answer in answers:
+            start, end, closing = answer.start + added, answer.end + added, answer.closing
+            if not closing:
+                closing = self.tokenizer.eos_token
+                if not closing:
+                    detail = "the chat template does not close assistant turns, and there is no eos token"
+                    raise EncodingError(Reason.not_encodable, detail)
+                text = text[:end] + closing + text[end:]
+                end, added = end + len(closing), added + len(closing)
+            closed.append(_Answer(start, end, closing))
+        return text, closed
+
+    def _process(self, text: str, images: Sequence[PilImage]) -> Mapping[str, Any]:
+        bos = self.tokenizer.bos_token
+        options = {} if not bos or not text.startswith(bos) else {"add_special_tokens": False}
+        try:
+            return self.processor(
+                text=[text],
+                images=[list(images)] if images else None,
+                return_tensors="pt",
+                padding=False,
+                truncation=False,
+                return_offsets_mapping=True,
+                return_text_replacement_offsets=True,
+                **options,
+            )
+        except (ValueError, TypeError, KeyError, IndexError, StopIteration, RuntimeError) as error:
+            raise EncodingError(Reason.not_encodable, f"the processor refuses the row: {error}") from error
+
+    def _answer_mask(self, outputs: Mapping[str, Any], text: str, answers: list[_Answer]) -> torch.Tensor:
+        """Bool [T]. Checks that each answer ends with its closing token, in id and in position."""
+        ids = outputs["input_ids"][0].tolist()
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        if not answers:
+            return mask
+        starts, ends = outputs["offset_mapping"][0].T.tolist()  # characters of the expanded text, per token
+        shift = _expansion(outputs.get("text_replacement_offsets"))
+        for answer in answers:
+            start, end = shift(answer.start), shift(answer.end)
+            last = self._closing_token(ids, starts, ends, answer.closing, end)
+            first = last
+            # A token of no width at `start` is either whitespace of the header (some tokenizers trim it) or
+            # the dummy prefix that others put before a word; the model has to produce only the latter.
+            zero_width_counts = not text[: answer.start][-1:].isspace()
+            while first > 0 and (
+                ends[first - 1] > start or (zero_width_counts and starts[first - 1] == start > 0)
+            ):
+                first -= 1
+            mask[first : last + 1] = True
+        return mask
+
+    def _closing_token(
+        self, ids: list[int], starts: list[int], ends: list[int], closing: str, end: int
+    ) -> int:
+        """The index of the token `closing` whose text ends at `end`."""
+        wanted, start = self.tokenizer.convert_tokens_to_ids(closing), end - len(closing)
+        for index in range(bisect.bisect_left(ends, end), len(ids)):
+            if ids[index] == wanted and starts[index] <= start and end <= ends[index]:
+                return index
+        detail = f"the end of an answer ({closing}) is not a token where it should be"
+        raise EncodingError(Reason.not_encodable, detail)
+
+
+class Collator:
+    """Makes one padded batch of rows. What it does for a row depends on that row only."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.pad_token_id = pad_token_id(encoder.tokenizer)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The batch of `rows`, as `collate` returns it.
+
+        Raises:
+            RowError: naming the row, when an image or the text cannot be used.
+        """
+        return collate([self.encode(row) for row in rows], self.pad_token_id)
+
+    def encode(self, row: Row) -> Encoded:
+        """One row, its images opened. Raises RowError naming the row."""
+        try:
+            return self.encoder.encode(row.messages, [open_image(ref) for ref in row.images])
+        except RowError as error:
+            where = f"row {row.row}" + (f" (line {row.line})" if row.line else "")
+            detail = f"{where} of {row.source}, id {row.id or '-'}: {error.detail}"
+            raise RowError(error.code, detail, "remove the row; `vfl-train data check` finds more") from error
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id to pad with. Padding is masked everywhere, so the end-of-text token serves as well, and 0."""
+    found = (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
+    return next(found, 0)
+
+
+def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
+    """One batch of B samples, padded on the right to the longest, T tokens.
+
+    Returns:
+        input_ids, attention_mask and labels [B, T] (labels are -100 outside the answer masks); further
+        inputs with one value per token (token types) padded with 0, or filled with 0 where a sample has
+        none; all others (pixel values, grids) joined along their first axis, smaller ones padded with 0
+        in the other axes as image processors do.
+    """
+    length = max(sample.length for sample in samples)
+    batch = {
+        "input_ids": _padded([sample.inputs["input_ids"] for sample in samples], length, pad_token_id),
+        "attention_mask": _padded([sample.inputs["attention_mask"] for sample in samples], length, 0),
+    }
+    batch["labels"] = torch.full_like(batch["input_ids"], IGNORE)
+    for index, sample in enumerate(samples):
+        answer = sample.answer_mask.nonzero()[:, 0]
+        batch["labels"][index, answer] = sample.inputs["input_ids"][0, answer]
+    for key in dict.fromkeys(key for sample in samples for key in sample.inputs if key not in batch):
+        having = [sample for sample in samples if key in sample.inputs]
+        if all(_is_per_token(key, sample) for sample in having):
+            empty = having[0].inputs[key][:, :0]
+            batch[key] = _padded([sample.inputs.get(key, empty) for sample in samples], length, 0)
+        else:
+            batch[key] = _joined([sample.inputs[key] for sample in having])
+    return batch
+
+
+def _is_per_token(key: str, sample: Encoded) -> bool:
+    """Whether an input of shape [1, T] or [1, T, ...] runs along the tokens, not along pixels or images."""
+    value = sample.inputs[key]
+    named = not key.startswith(("pixel", "image", "video"))
+    return named and isinstance(value, torch.Tensor) and value.shape[:2] == (1, sample.length)
+
+
+def _padded(values: list[torch.Tensor], length: int, fill: int) -> torch.Tensor:
+    """[1, t, ...] tensors as one [B, length, ...]."""
+    out = values[0].new_full((len(values), length, *values[0].shape[2:]), fill)
+    for index, value in enumerate(values):
+        out[index, : value.shape[1]] = value[0]
+    return out
+
+
+def _joined(values: list) -> Any:
+    """Tensors joined along axis 0, padded with zeros in the others; lists joined."""
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return [item for value in values for item in value]
+    if len({value.shape[1:] for value in values}) == 1:
+        return torch.cat(values)
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    out = values[0].new_zeros((sum(value.shape[0] for value in values), *shape))
+    at = 0
+    for value in values:
+        window = (slice(at, at + value.shape[0]), *(slice(size) for size in value.shape[1:]))
+        out[window] = value
+        at += value.shape[0]
+    return out
+
+
+def _content(message: Message) -> list[dict[str, str]]:
+    """The content parts of one turn; an answer is always one text."""
+    if message.role == "assistant":
+        return [{"type": "text", "text": message.text}]
+    return [
+        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
+        for part in message.content
+    ]
+
+
+def _text_of(turn: dict) -> str:
+    return turn["content"][0]["text"]
+
+
+def _with_markers(chat: list[dict], turns: list[int]) -> tuple[list[dict], list[str]]:
+    """The chat with each answer replaced by a marker that occurs nowhere else in it."""
+    content = "\0".join(part.get("text", "") for message in chat for part in message["content"])
+    stem = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    markers = [f"answer{order}of{stem}" for order in range(len(turns))]
+    marked = list(chat)
+    for turn, marker in zip(turns, markers, strict=True):
+        marked[turn] = {"role": "assistant", "content": [{"type": "text", "text": marker}]}
+    return marked, markers
+
+
+def _match_answers(text: str, frame: list[str], answers: list[str]) -> list[tuple[int, int]]:
+    """Start and end of each answer, given the text around them. Templates may trim answers, nothing else."""
+    spans, position = [], len(frame[0])
+    fits = text.startswith(frame[0])
+    for answer, following in zip(answers, frame[1:], strict=True):
+        trims = (str.strip, str.lstrip, str.rstrip, lambda s: s.strip("\n"), lambda s: s.lstrip("\n"))
+        forms = (answer, *(trim(answer) for trim in trims))
+        form = next((form for form in forms if text.startswith(form + following, position)), None)
+        if form is None:
+            fits = False
+            break
+        spans.append((position, position + len(form)))
+        position += len(form) + len(following)
+    if not fits or position != len(text):
+        detail = "the chat template writes an answer other than it is, so it cannot be located"
+        raise EncodingError(Reason.not_encodable, detail)
+    return spans
+
+
+def _shared_start(one: str, other: str) -> str:
+    """The longest text that both begin with."""
+    length = min(len(one), len(other))
+    return one[: next((i for i in range(length) if one[i] != other[i]), length)]
+
+
+def _expansion(replacements: list[list[dict]] | None) -> Callable[[int], int]:
+    """Maps a character of the rendered text to the text in which placeholders are expanded."""
+    found = replacements[0] if replacements else []
+    ends = [item["span"][1] for item in found]
+    gained = [0, *(item["new_span"][1] - item["span"][1] for item in found)]
+    return lambda character: character + gained[bisect.bisect_right(ends, character)]
+
+
+def _placeholders(processor: Any) -> tuple[list[int], list[str]]:
+    """The tokens that stand for images, videos or sound in this processor's texts: ids and strings."""
+    tokenizer = processor.tokenizer
+    names = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
+    ids = list(getattr(processor, "image_token_ids", None) or [])
+    ids += [tokenizer.convert_tokens_to_ids(name) for name in names if name]
+    ids = [i for i in dict.fromkeys(ids) if i is not None and i != tokenizer.unk_token_id]
+    return ids, list(dict.fromkeys([*filter(None, names), *tokenizer.convert_ids_to_tokens(ids)]))
