@@ -1,0 +1,71 @@
+"""What an intervention is: a value that says which text tokens may read what of the image, at which layers.
+
+`drop`      bound queries do not see the keys of the touched spans at these layers.
+`swap`      they see the post-RoPE K and V that the same layer computed for the donor's image instead
+            (same prompt, equal grid; VFL, arXiv 2509.24791, visual token swapping).
+`knockout`  the self-attention (or MLP, or both) output of these layers is zero for all tokens
+            (TaLo, arXiv 2602.01167).
+
+Bound queries are all non-image tokens after the first touched span; with phase `decode` only those from
+the last prompt token on. Tokens before the span and image queries are never touched; positions stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vfl_train.errors import ConfigError
+
+KINDS = ("drop", "swap", "knockout")
+MODULES = ("attention", "mlp", "both")
+NOISE = "noise"  # the donor name of a swap with random K and V of the host's norms
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One intervention. `layers` are 0-based decoder layers; `spans` are image indices of the prompt
+    (None: all of them); `donor` names the donor prompt of a swap; `module` is what a knockout silences."""
+
+    kind: str
+    layers: frozenset[int]
+    spans: frozenset[int] | None = None
+    phase: str = "text"
+    donor: str | None = None
+    module: str = "attention"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"unknown intervention {self.kind!r}", f"use one of {', '.join(KINDS)}")
+        if self.phase not in ("text", "decode"):
+            raise ConfigError(f"unknown phase {self.phase!r}", "use text or decode")
+        if self.module not in MODULES:
+            raise ConfigError(f"unknown module {self.module!r}", f"use one of {', '.join(MODULES)}")
+        if (self.kind == "swap") != (self.donor is not None):
+            raise ConfigError("a swap needs a donor, and only a swap has one")
+
+    def check(self, num_layers: int) -> None:
+        """Raises ConfigError naming a layer outside the model."""
+        for layer in sorted(self.layers):
+            if not 0 <= layer < num_layers:
+                raise ConfigError(f"layer {layer} is outside this model's layers 0-{num_layers - 1}")
+
+
+Branch = tuple[Intervention, ...]
+BASE: Branch = ()
+
+
+def drop(layers: Iterable[int], phase: str = "text", spans: Iterable[int] | None = None) -> Branch:
+    """A branch in which bound queries do not see the image at `layers`."""
+    return (Intervention("drop", frozenset(layers), _spans(spans), phase),)
+
+
+def swap(
+    layers: Iterable[int], donor: str, phase: str = "text", spans: Iterable[int] | None = None
+) -> Branch:
+    """A branch in which bound queries see `donor`'s image at `layers`."""
+    return (Intervention("swap", frozenset(layers), _spans(spans), phase, donor),)
+
+
+def _spans(spans: Iterable[int] | None) -> frozenset[int] | None:
+    return None if spans is None else frozenset(spans)

@@ -1,0 +1,268 @@
+"""The reference path: one full forward per row with explicit masks. Short and obviously right; every
+decoder whose self-attention goes through transformers' attention interface.
+
+How: while a batch runs, the decoder's attention function is replaced by `_reference_attention`, which has
+query, key and value after RoPE and the full mask in hand. Donor prompts run as rows of the same batch, so
+a swap reads their K and V where they are computed; nothing is stored. The state lives in a context
+variable and one config attribute, both restored on any exit.
+
+What is not covered: cross-attention to the image (mllama), attention with soft-capping or sinks; such
+models are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from vfl_train.errors import ConfigError
+from vfl_train.interventions.intervention import NOISE, Intervention
+from vfl_train.interventions.readout import Prompt, ReadOut, Row
+from vfl_train.models import VisionLanguageModel
+from vfl_train.models.batching import stack
+
+NAME = "vfl_reference"
+
+
+@dataclass
+class Edit:
+    """What one batch row sees changed at one layer. `bound`: bool [T], the queries that see it."""
+
+    row: int
+    bound: torch.Tensor
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    swapped: list[tuple[tuple[int, int], int | None, tuple[int, int]]] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """The edits of a batch: per layer for attention, per layer and module for knockouts (row indices)."""
+
+    edits: dict[int, list[Edit]] = field(default_factory=dict)
+    silenced: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+
+
+_PLAN: ContextVar[Plan | None] = ContextVar("vfl_reference_plan", default=None)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float | None):
+    """[B, H, T, D] under an additive bias [B, 1, T, T]; grouped K and V are repeated."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _noise_like(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Gaussian noise with the norm that each token and head of `x` [H, S, D] has."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    return noise * (x.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+
+
+def _reference_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention function: plain attention, then once more for the rows that the plan edits here."""
+    plan = _PLAN.get()
+    if plan is None or attention_mask is None:
+        raise ConfigError(f"{type(module).__name__} passes no attention mask: no reference path for it")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ConfigError(f"{type(module).__name__} uses soft-capping or sinks: no reference path for it")
+    out = _attend(query, key, value, attention_mask, scaling)
+    edits = plan.edits.get(module.layer_idx)
+    if edits:
+        rows = torch.tensor([e.row for e in edits], device=query.device)
+        k, v, bias = key[rows], value[rows], attention_mask.expand(query.shape[0], -1, -1, -1)[rows].clone()
+        for i, edit in enumerate(edits):
+            for (start, stop), donor, (from_start, from_stop) in edit.swapped:
+                if donor is None:
+                    k[i, :, start:stop] = _noise_like(k[i, :, start:stop], start)
+                    v[i, :, start:stop] = _noise_like(v[i, :, start:stop], stop)
+                else:
+                    k[i, :, start:stop] = key[donor, :, from_start:from_stop]
+                    v[i, :, start:stop] = value[donor, :, from_start:from_stop]
+            for start, stop in edit.dropped:
+                bias[i, 0, :, start:stop] = torch.finfo(bias.dtype).min
+        bound = torch.stack([e.bound for e in edits])[:, None, :, None]
+        out[rows] = torch.where(bound, _attend(query[rows], k, v, bias, scaling), out[rows])
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _reference_attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextmanager
+def _installed(vlm: VisionLanguageModel, plan: Plan) -> Iterator[None]:
+    """`plan` in force for the forwards inside; the model is untouched again afterwards."""
+    config = vlm.text_config
+    before, token = config._attn_implementation, _PLAN.set(plan)
+    with ExitStack() as stack:
+        stack.callback(_PLAN.reset, token)
+        config._attn_implementation = NAME
+        stack.callback(setattr, config, "_attn_implementation", before)
+        for (layer, name), rows in plan.silenced.items():
+            module = getattr(vlm.layers[layer], name)
+            stack.callback(module.register_forward_hook(_silence(rows)).remove)
+        yield
+
+
+def _silence(rows: list[int]):
+    """Forward hook that zeroes the output of `rows`."""
+
+    def hook(module, args, output):
+        first = output[0] if isinstance(output, tuple) else output
+        first = first.clone()
+        first[rows] = 0
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    return hook
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+def _check(vlm: VisionLanguageModel, row: Row) -> None:
+    for item in row.branch:
+        item.check(vlm.num_layers)
+        for span in item.spans or ():
+            if not 0 <= span < len(row.prompt.spans):
+                raise ConfigError(f"image {span} is not in this prompt of {len(row.prompt.spans)}")
+        if item.donor not in (None, NOISE):
+            donor = row.donors[item.donor]
+            if donor.grids != row.prompt.grids:
+                raise ConfigError(
+                    f"swap refused: grids differ ({row.prompt.grids} and {donor.grids})",
+                    "use images of equal size",
+                )
+
+
+def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[list[Row], list[Prompt]]]:
+    """Consecutive rows and the donors they need, at most `batch_tokens` padded tokens a batch."""
+    batch: list[Row] = []
+    donors: dict[int, Prompt] = {}
+    longest = 0
+    for row in rows:
+        new = {id(p): p for p in row.donors.values()}
+        length = max(longest, row.prompt.length + len(row.answer), *(p.length for p in new.values()), 0)
+        if batch and length * (len(batch) + 1 + len(donors | new)) > batch_tokens:
+            yield batch, list(donors.values())
+            batch, donors = [], {}
+            length = max(row.prompt.length + len(row.answer), *(p.length for p in new.values()), 0)
+        batch.append(row)
+        donors |= new
+        longest = length
+    if batch:
+        yield batch, list(donors.values())
+
+
+def _add_edits(
+    vlm: VisionLanguageModel,
+    plan: Plan,
+    index: int,
+    row: Row,
+    item: Intervention,
+    donor_rows: dict[int, int],
+    width: int,
+) -> None:
+    """Enter one intervention of the batch row `index` into the plan."""
+    touched = range(len(row.prompt.spans)) if item.spans is None else sorted(item.spans)
+    if item.kind == "knockout":
+        family = vlm.family
+        names = {
+            "attention": (family.attention,),
+            "mlp": (family.mlp,),
+            "both": (family.attention, family.mlp),
+        }[item.module]
+        for layer in item.layers:
+            for name in names:
+                plan.silenced.setdefault((layer, name), []).append(index)
+        return
+    if not touched:
+        return  # nothing to read in a text-only prompt
+    position = torch.arange(width)
+    bound = position >= row.prompt.spans[min(touched)][1]
+    if item.phase == "decode":
+        bound &= position >= row.prompt.length - 1
+    for start, stop in row.prompt.spans:
+        bound &= (position < start) | (position >= stop)
+    for layer in item.layers:
+        edit = Edit(index, bound)
+        for s in touched:
+            if item.kind == "drop":
+                edit.dropped.append(row.prompt.spans[s])
+            else:
+                donor = None if item.donor == NOISE else row.donors[item.donor]
+                source = row.prompt.spans[s] if donor is None else donor.spans[s]
+                edit.swapped.append(
+                    (row.prompt.spans[s], None if donor is None else donor_rows[id(donor)], source)
+                )
+        plan.edits.setdefault(layer, []).append(edit)
+
+
+def _plan(vlm: VisionLanguageModel, batch: list[Row], donors: list[Prompt], width: int) -> Plan:
+    donor_rows = {id(p): len(batch) + i for i, p in enumerate(donors)}
+    plan = Plan()
+    for index, row in enumerate(batch):
+        for item in row.branch:
+            _add_edits(vlm, plan, index, row, item, donor_rows, width)
+    for edits in plan.edits.values():
+        edits[:] = _merge(edits)
+        for edit in edits:
+            edit.bound = edit.bound.to(vlm.device)
+    return plan
+
+
+def _merge(edits: list[Edit]) -> list[Edit]:
+    """One edit a row: a branch may touch different spans of a row at one layer, with equal bounds only."""
+    merged: dict[int, Edit] = {}
+    for edit in edits:
+        first = merged.setdefault(edit.row, edit)
+        if first is not edit:
+            if not torch.equal(first.bound, edit.bound):
+                raise ConfigError("interventions of one branch bind different queries at the same layer")
+            first.dropped += edit.dropped
+            first.swapped += edit.swapped
+    return list(merged.values())
+
+
+@torch.no_grad()
+def read_out_reference(
+    vlm: VisionLanguageModel, rows: Sequence[Row], batch_tokens: int = 8192
+) -> Iterator[ReadOut]:
+    """Read-outs of `rows` in order; see `readout.read_out`. Raises ConfigError for layers or images that
+    do not exist and for swaps between unequal grids."""
+    for row in rows:
+        _check(vlm, row)
+    for batch, donors in _batches(rows, batch_tokens):
+        inputs = stack(vlm, [(r.prompt, r.answer) for r in batch] + [(p, ()) for p in donors])
+        plan = _plan(vlm, batch, donors, inputs["input_ids"].shape[1])
+        wanted = sorted(
+            {t - 1 for r in batch for t in r.positions()}
+            | {r.prompt.length + len(r.answer) - 1 for r in batch}
+        )
+        keep = torch.tensor(wanted, device=vlm.device)
+        with _installed(vlm, plan):
+            logits = vlm.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        column = {position: i for i, position in enumerate(wanted)}
+        for i, row in enumerate(batch):
+            yield _read(logits[i], inputs["input_ids"][i], row, column)
+
+
+def _read(logits: torch.Tensor, ids: torch.Tensor, row: Row, column: dict[int, int]) -> ReadOut:
+    """logits [kept positions, V] and ids [T] of one row."""
+    last = int(logits[column[row.prompt.length + len(row.answer) - 1]].argmax())
+    targets = row.positions()
+    if not targets:
+        return ReadOut((), (), last)
+    scores = logits[[column[t - 1] for t in targets]].float()
+    wanted = ids[list(targets)]
+    logprobs = scores.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    greedy = scores.argmax(-1) == wanted
+    return ReadOut(tuple(logprobs.tolist()), tuple(greedy.tolist()), last)

@@ -1,0 +1,260 @@
+"""VisionLanguageModel: a model, its processor, and where images sit in the prompt."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from vfl_train.data.collator import Encoder
+from vfl_train.data.rows import user_message
+from vfl_train.errors import ConfigError, HubError
+from vfl_train.interventions.readout import Prompt
+from vfl_train.models.families import Family, family_of
+from vfl_train.models.trust import check_config, check_model_folder
+from vfl_train.schemas import ModelInfo
+
+BUNDLED = {"phantom": "planted", "phantom-unplanted": "unplanted"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_name(name: str) -> tuple[str, bool]:
+    """(path or Hub id, whether it is local) of a model name. `phantom` and `phantom-unplanted` are the
+    bundled models. Raises ConfigError for what is neither a folder nor looks like a Hub id."""
+    if name in BUNDLED:
+        return str(files("vfl_train.phantom") / "weights" / BUNDLED[name]), True
+    if Path(name).is_dir():
+        return name, True
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name, False
+    close = difflib.get_close_matches(name, BUNDLED, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "give a folder, a Hub id (owner/name) or 'phantom'"
+    raise ConfigError(f"there is no model {name!r}", hint)
+
+
+def _load(loader: Any, path: str, local: bool, revision: str | None, **options: Any) -> Any:
+    """`loader.from_pretrained` with remote code off and failures told in one line."""
+    try:
+        return loader.from_pretrained(
+            path, revision=revision, trust_remote_code=False, local_files_only=local, **options
+        )
+    except OSError as e:
+        reason = str(e).strip().splitlines()[0]
+        if not local and ("connect" in str(e).lower() or "offline" in str(e).lower()):
+            raise HubError(f"cannot reach the Hub for {path}: {reason}", "download it to a folder") from e
+        raise ConfigError(f"cannot load {path}: {reason}", "check the name, revision and access") from e
+    except (ValueError, KeyError, ImportError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"transformers cannot load {path}: {reason}") from e
+
+
+def load_processor(name: str, revision: str | None = None, max_pixels: int | None = None) -> Any:
+    """The processor of a model, remote code off. `max_pixels` caps the pixels an image is resized to.
+    Raises ConfigError or HubError."""
+    path, local = resolve_name(name)
+    if local:
+        check_model_folder(Path(path))
+    processor = _load(AutoProcessor, path, local, revision)
+    if not getattr(processor, "chat_template", None):
+        raise ConfigError(f"{name} has no chat template", "use the instruct version of the model")
+    if max_pixels is not None:
+        size = getattr(getattr(processor, "image_processor", None), "size", None)
+        if size is None or "longest_edge" not in size or "shortest_edge" not in size:
+            raise ConfigError(f"the image processor of {name} has no pixel limit", "leave --max-pixels out")
+        size["longest_edge"] = max_pixels
+        size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
+    return processor
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as e:
+        raise ConfigError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:0") from e
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bfloat16 on accelerators, float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", f"use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class VisionLanguageModel:
+    """A loaded model in eval mode. Everything that depends on the family is asked of `self.family`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        name_or_path: str,
+        revision: str | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.processor = model.eval(), processor
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.name_or_path, self.revision, self.folder = name_or_path, revision, folder
+        self.encoder = Encoder(processor)
+        self.config = self.base.config
+        self.text_config = self.config.get_text_config(decoder=True)
+        self.model_type: str = self.config.model_type
+        self.family: Family = family_of(self.model_type)
+        self.decoder_name, self.layers = _find_layers(self.base, int(self.text_config.num_hidden_layers))
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        load_in_4bit: bool = False,
+        max_pixels: int | None = None,
+        adapter: str | None = None,
+    ) -> VisionLanguageModel:
+        """Load by folder, Hub id or bundled name, and put `adapter` (a PEFT folder) on it if given.
+
+        Safetensors only, remote code off. Raises ConfigError or HubError.
+        """
+        if load_in_4bit:
+            raise ConfigError("--load-in-4bit is not there yet", "load in bfloat16")
+        path, local = resolve_name(name)
+        processor = load_processor(name, revision, max_pixels)
+        if not local:
+            config = _load(AutoConfig, path, local, revision)
+            check_config({k: v for k, v in config.to_dict().items() if not k.startswith("_")}, path)
+        where = _device(device)
+        model = _load(
+            AutoModelForImageTextToText, path, local, revision,
+            dtype=_dtype(dtype, where), attn_implementation="sdpa", use_safetensors=True,
+        ).to(where)  # fmt: skip
+        if adapter is not None:
+            from vfl_train.hub.load import load_adapter
+
+            model = load_adapter(model, adapter)
+        return cls(model, processor, name, revision, Path(path) if local else None)
+
+    # --- facts ---------------------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.text_config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def info(self) -> ModelInfo:
+        """What profile.json says of this model."""
+        return ModelInfo(self.name_or_path, self.revision, self.model_type, self.num_layers, self.hidden_size)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Full module name of each decoder layer."""
+        return [f"{self.decoder_name}.{i}" for i in range(self.num_layers)]
+
+    def linear_names(self, layer: int) -> list[str]:
+        """Full names of the linears that LoRA may adapt in a decoder layer; of a mixture-of-experts layer
+        the attention only. Raises ConfigError if the layer has none of the known names."""
+        inside = dict(self.layers[layer].named_modules())
+        moe = any(name in inside for name in self.family.moe if "experts" in name)
+        names = [
+            n
+            for n in self.family.linears
+            if isinstance(inside.get(n), nn.Linear | _lora_layer()) and not (moe and n.startswith("mlp"))
+        ]
+        if not names:
+            raise ConfigError(f"layer {layer} of this {self.model_type} has no linear that LoRA can adapt")
+        return [f"{self.decoder_name}.{layer}.{n}" for n in names]
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The placeholder token's id. Raises ConfigError if the configuration names none."""
+        for key in ("image_token_id", "image_token_index"):
+            value = getattr(self.config, key, None)
+            if isinstance(value, int):
+                return value
+        raise ConfigError(f"the configuration of this {self.model_type} names no image token")
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        tokenizer = self.processor.tokenizer
+        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: generation_config's, else the tokenizer's."""
+        ids = getattr(self.base.generation_config, "eos_token_id", None)
+        ids = self.processor.tokenizer.eos_token_id if ids is None else ids
+        return tuple(ids) if isinstance(ids, Iterable) else (int(ids),)
+
+    # --- prompts -------------------------------------------------------------------------------
+
+    def prompt(self, question: str, images: Sequence[Any]) -> Prompt:
+        """`images` (PIL) followed by `question` as one user turn with the generation prompt.
+        Raises ConfigError if the images cannot be found among the tokens."""
+        encoded = self.encoder.encode_prompt([user_message(question, len(images))], list(images))
+        return self.located(encoded.inputs, len(images))
+
+    def located(self, inputs: dict[str, torch.Tensor], images: int) -> Prompt:
+        """`inputs` of one sample with the token span of each image."""
+        ids = inputs["input_ids"][0]
+        spans = _runs(ids == self.image_token_id)
+        if len(spans) != images:
+            raise ConfigError(
+                f"{images} images but {len(spans)} runs of image tokens in the prompt: "
+                f"a {self.model_type} prompt of this form is not supported yet"
+            )
+        grid = inputs.get("image_grid_thw")
+        grids = [(b - a,) if grid is None else tuple(grid[i].tolist()) for i, (a, b) in enumerate(spans)]
+        return Prompt(inputs, tuple(spans), tuple(grids))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Answer text without special tokens."""
+        return self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+
+def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:
+    """[start, stop) of each run of True in a 1-D mask."""
+    padded = torch.nn.functional.pad(mask.int(), (1, 1))
+    change = padded.diff()
+    starts, stops = (change == 1).nonzero()[:, 0].tolist(), (change == -1).nonzero()[:, 0].tolist()
+    return list(zip(starts, stops, strict=True))
+
+
+def _find_layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
+    """Name and list of the text decoder's layers: the `layers` of the module that transformers calls the
+    decoder. Raises ConfigError where there is no such list of the configured depth."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) != depth:
+        raise ConfigError(f"cannot find the {depth} decoder layers of {type(model).__name__}")
+    name = next(n for n, module in model.named_modules() if module is layers)
+    return name, layers
+
+
+def _lora_layer() -> type:
+    """PEFT's wrapper of an adapted linear (so that plans can be made of a model with an adapter on it)."""
+    from peft.tuners.lora import LoraLayer
+
+    return LoraLayer
