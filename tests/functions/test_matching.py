@@ -1,0 +1,42 @@
+"""How answers are judged."""
+
+from __future__ import annotations
+
+import pytest
+
+from vfl_train.functions.matching import box, iou, matches
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "right"),
+    [
+        ("Cat", "cat", True),
+        (" cat.\n", "cat", True),
+        ("a  cat", "a cat", True),
+        ("cats", "cat", False),
+        ("4 A 7", "4 A 7", True),
+        ("4 A 1", "4 A 7", False),
+        ("", "cat", False),
+    ],
+)
+def test_exact(output, expected, right):
+    assert matches(output, expected) is right
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "right"),
+    [("B", "b", True), ("(B)", "B", True), ("B. the car", "B", True), ("Bus", "B", False), ("A", "B", False)],
+)
+def test_choice(output, expected, right):
+    assert matches(output, expected, "choice") is right
+
+
+def test_boxes():
+    assert box("[10, 20, 30.5, 40]") == (10, 20, 30.5, 40)
+    assert box("10, 20, 30") is None
+    assert box("30 0 10 5") is None
+    assert iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
+    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert matches("(0, 0, 10, 10)", "0,0,10,9", "iou")
+    assert not matches("(0, 0, 10, 10)", "5,5,20,20", "iou")
+    assert not matches("no idea", "0,0,10,9", "iou")

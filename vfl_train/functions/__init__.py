@@ -1,0 +1,1 @@
+"""Vision functions: their probe pairs and how an answer is judged."""

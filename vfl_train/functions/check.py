@@ -1,0 +1,33 @@
+"""`vfl-train probes check`: which pairs of a probe folder are unusable, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from vfl_train.errors import DataError
+from vfl_train.functions.probes import BadPair, LoadedPair, scan
+from vfl_train.schemas import MIN_ANSWERED_PAIRS
+
+if TYPE_CHECKING:
+    from vfl_train.config import ProbesConfig
+
+
+def check_probes(config: ProbesConfig) -> None:
+    """Print counts per function and every bad line. Raises DataError (exit 3) if any pair is unusable."""
+    console = Console(soft_wrap=True, highlight=False)
+    folder = Path(config.folder)
+    found = list(scan(folder))
+    usable = Counter(p.pair.function for p in found if isinstance(p, LoadedPair))
+    bad = [p for p in found if isinstance(p, BadPair)]
+    for name, count in usable.items():
+        few = f"  (fewer than {MIN_ANSWERED_PAIRS}: not measurable)" if count < MIN_ANSWERED_PAIRS else ""
+        console.print(f"{name}: {count} usable pairs{few}", markup=False)
+    for pair in bad:
+        console.print(f"line {pair.line}: {pair.reason}", markup=False)
+    console.print(f"{len(found)} pairs = {usable.total()} usable + {len(bad)} unusable", markup=False)
+    if bad or not usable:
+        raise DataError(f"{folder}: {len(bad)} of {len(found)} pairs are unusable", "mend or remove them")

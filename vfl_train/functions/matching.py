@@ -1,0 +1,47 @@
+"""Whether an output counts as the expected answer: the three ways a probe pair may ask for."""
+
+from __future__ import annotations
+
+import re
+import string
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_EDGES = string.punctuation + string.whitespace
+
+
+def normalise(text: str) -> str:
+    """Case folded, white space collapsed, punctuation at both ends removed."""
+    return " ".join(text.casefold().split()).strip(_EDGES)
+
+
+def matches(output: str, expected: str, match: str = "exact") -> bool:
+    """Whether `output` gives `expected`.
+
+    `exact`: equal after `normalise`. `choice`: the output starts with the option (a letter or word, as in
+    "B", "(B)", "B. the car"). `iou`: both hold four numbers and the boxes overlap by more than one half.
+    """
+    if match == "iou":
+        a, b = box(output), box(expected)
+        return a is not None and b is not None and iou(a, b) > 0.5
+    given, wanted = normalise(output), normalise(expected)
+    if match == "choice":
+        return re.match(rf"{re.escape(wanted)}(?!\w)", given) is not None
+    return given == wanted
+
+
+def box(text: str) -> tuple[float, float, float, float] | None:
+    """The first four numbers of `text` as x1, y1, x2, y2 with x1 < x2 and y1 < y2, else None."""
+    numbers = [float(n) for n in _NUMBER.findall(text)[:4]]
+    if len(numbers) < 4 or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
+        return None
+    return numbers[0], numbers[1], numbers[2], numbers[3]
+
+
+def iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    area = lambda r: (r[2] - r[0]) * (r[3] - r[1])  # noqa: E731
+    return width * height / (area(a) + area(b) - width * height)

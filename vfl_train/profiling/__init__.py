@@ -1,0 +1,1 @@
+"""Profiles: how often an output changes when the image is swapped or dropped at each layer."""

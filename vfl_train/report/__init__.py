@@ -1,0 +1,1 @@
+"""Pictures and pages: heat maps and self-contained HTML reports."""
