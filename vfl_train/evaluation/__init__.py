@@ -1,0 +1,1 @@
+"""Scorecards: what a model can do per function, and what an adapter gained and forgot."""
