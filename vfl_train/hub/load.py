@@ -1,0 +1,162 @@
+"""Loading an adapter without trusting it: the configuration is read before PEFT sees it, weights are
+safetensors only, the base model is the one given, and the keys are compared after loading.
+
+Threat model: the folder may come from anyone. Not covered: weights that are valid but harmful.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vfl_train.errors import ConfigError, VerificationError
+from vfl_train.schemas import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+# The keys of adapter_config.json that are used. A foreign adapter that sets any other away from PEFT's
+# default is refused: such keys make PEFT import modules, fetch files or change more than these weights.
+_USED = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "layers_pattern",
+    "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision",
+    "inference_mode", "init_lora_weights", "task_type", "peft_type", "peft_version",
+}  # fmt: skip
+_KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter folder says of itself. `modules` are full module names in the base model, taken from
+    the weights; `layers` the decoder layers they belong to."""
+
+    folder: Path
+    base_name: str | None
+    revision: str | None
+    modules: frozenset[str]
+    layers: tuple[int, ...]
+    config: dict[str, Any]
+
+
+def check_adapter(folder: str | Path) -> AdapterInfo:
+    """Read and check an adapter folder; nothing is imported, fetched or unpickled.
+
+    Raises:
+        ConfigError: no adapter there, not a plain LoRA, a key that would run or fetch something, or
+            weights that are not safetensors.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no adapter folder {folder}", "give the output folder of vfl-train lora")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder / CONFIG} is not the configuration of a LoRA adapter")
+    _refuse_keys(config, folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        raise ConfigError(f"{folder} has no {WEIGHTS}", "pickled weights (.bin) are never loaded")
+    modules = frozenset(_modules_of(folder / WEIGHTS))
+    layers = tuple(sorted({int(part) for m in modules for part in m.split(".") if part.isdigit()}))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return AdapterInfo(folder, base, revision, modules, layers, config)
+
+
+def _refuse_keys(config: dict[str, Any], path: Path) -> None:
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for key, value in config.items():
+        unused = key not in _USED and (key in defaults or key == "auto_mapping")
+        if unused and value and value != defaults.get(key):
+            raise ConfigError(f"{path} sets {key}, which vfl-train does not load", "use a plain LoRA adapter")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise ConfigError(f"{path}: {key} must be a positive number")
+
+
+def _modules_of(path: Path) -> set[str]:
+    """Module names in the keys `base_model.model.<module>.lora_A.weight`. Raises ConfigError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            keys = list(f.keys())
+    except (SafetensorError, OSError) as e:
+        raise ConfigError(f"{path} is not a readable safetensors file: {e}", "copy it again") from e
+    modules = set()
+    for key in keys:
+        module, _, tail = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if not key.startswith(PEFT_PREFIX) or tail not in ("A.weight", "B.weight"):
+            raise ConfigError(f"{path} holds {key}, which is no LoRA weight of a linear module")
+        modules.add(module)
+    if not modules:
+        raise ConfigError(f"{path} holds no weights")
+    return modules
+
+
+def load_adapter(
+    model: torch.nn.Module, folder: str | Path, *, name: str = "default", info: AdapterInfo | None = None
+) -> PeftModel:
+    """Put the adapter in `folder` on `model` (a base model, or a PeftModel for a second adapter).
+
+    Raises:
+        ConfigError: see `check_adapter`.
+        VerificationError: the adapter's modules and those adapted in the model differ (a renamed
+            architecture otherwise loads as the base model, with a warning at most).
+    """
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    info = info or check_adapter(folder)
+    existing = dict(model.named_modules())
+    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    missing = sorted(m for m in info.modules if prefix + m not in existing)
+    if missing:
+        raise VerificationError(
+            f"{info.folder} adapts {missing[0]}, which this model does not have",
+            "it was trained on another model or under other module names",
+        )
+    kept = {key: info.config[key] for key in _KEPT if info.config.get(key) is not None}
+    # The modules come from the weights, so that no pattern decides what is adapted.
+    config = LoraConfig(
+        **kept, target_modules=sorted(info.modules), task_type="CAUSAL_LM", inference_mode=True
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            adapted = model
+        else:
+            adapted = get_peft_model(model, config, adapter_name=name)
+        set_peft_model_state_dict(adapted, load_file(str(info.folder / WEIGHTS)), adapter_name=name)
+    check_loaded(adapted, info, name)
+    return adapted.eval()
+
+
+def check_loaded(model: PeftModel, info: AdapterInfo, name: str = "default") -> None:
+    """Raises VerificationError unless the tensors in the file are the ones now in the model, all of them."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import load_file
+
+    stored = load_file(str(info.folder / WEIGHTS))
+    found = {
+        n.removeprefix(PEFT_PREFIX): m
+        for n, m in model.named_modules()
+        if isinstance(m, LoraLayer) and name in m.lora_A
+    }
+    if set(found) != info.modules:
+        wrong = sorted(set(found) ^ info.modules)[0]
+        raise VerificationError(f"{info.folder} and the loaded model differ in the adapted modules: {wrong}")
+    for module_name, module in found.items():
+        for part, holder in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+            key = f"{PEFT_PREFIX}{module_name}.{part}.weight"
+            weight = holder[name].weight.detach()
+            if key not in stored or not torch.equal(stored[key].to(weight), weight):
+                raise VerificationError(f"{key} of {info.folder} is not what was loaded")
