@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from vfl_train.data_select.scoring import Scorer, Scores
 
 from vfl_train.data.images import open_image
 from vfl_train.data.readers import Dataset, read_dataset, write_quarantine, write_selected
-from vfl_train.data.rows import Rejected, Row
+from vfl_train.data.rows import Reason, Rejected, Row
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.models import VisionLanguageModel
+from vfl_train.models.digest import model_digest
 from vfl_train.options import budget_rows, parse_weights
 from vfl_train.report.pages import page, percent, tiles
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
-from vfl_train.schemas import LANGUAGE, Profile, score_columns
+from vfl_train.schemas import LANGUAGE, Profile, read_json, score_columns
 
 if TYPE_CHECKING:
     from vfl_train.config import SelectConfig
@@ -43,15 +45,19 @@ def select(config: SelectConfig) -> dict[str, Any]:
         print(f"{n} rows, {len(layers) + 2} forwards each; budget {budget_rows(config.budget, n)} rows")
         return {}
     inputs = {"profile": profile_digest(config.profile), "data": dataset.sha256}
-    if config.from_scores is not None:
-        inputs["from_scores"] = file_sha256(Path(config.from_scores) / "scores.parquet")
+    vlm = None
+    if config.from_scores is None:
+        vlm = _load_model(config, profile)
+        inputs["model"] = model_digest(vlm)
+    else:
+        inputs["from_scores"] = file_sha256(_scores_file(config.from_scores))
     with RunFolder.open(
         config.output, fingerprint("select", config, inputs, ("torch", "transformers")), config.overwrite
     ) as run:
         if run.already_done:
             print(f"already done: {run.folder}")
             return {}
-        scored, rejected = _scores(config, profile, layers, dataset)
+        scored, rejected = _scores(config, vlm, layers, dataset)
         result = choose_rows(config, scored, wanted, list(layers))
         record = _record(config, dataset, layers, scored, rejected, result)
         with run.replacing("scores.parquet") as path:
@@ -77,7 +83,8 @@ def profile_digest(path: str) -> str:
 def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[int]]:
     """The layers of every function the profile could measure (all are scored, whatever is wanted: a row's
     bucket is a comparison). Raises ConfigError for a wanted function that has none."""
-    for name in config.functions:
+    mix = parse_weights(config.mix, "--mix") if config.mix else {}
+    for name in (*config.functions, *mix):
         profile.layers_of(name, config.layer_rule)
     layers = {}
     for name, f in profile.functions.items():
@@ -89,39 +96,70 @@ def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[in
     return layers
 
 
-def _scores(
-    config: SelectConfig, profile: Profile, layers: dict[str, list[int]], dataset: Dataset
-) -> tuple[list[Scores], list[Rejected]]:
-    if config.from_scores is not None:
-        return _read_scores(Path(config.from_scores), dataset, list(layers)), dataset.rejected
+def _load_model(config: SelectConfig, profile: Profile) -> VisionLanguageModel:
+    """The model of `config`. Raises ConfigError if `profile` is of a model of another kind."""
     vlm = VisionLanguageModel.load(
         config.model, config.revision, config.dtype, config.device, config.load_in_4bit, config.max_pixels
     )
     for warning in profile.check_model(vlm.info):
         Console(stderr=True).print(f"warning: {warning}", markup=False)
-    scorer = Scorer(vlm, layers, config.ablation, batch_tokens=config.batch_tokens)
-    scored = scorer.score(dataset.rows)
+    return vlm
+
+
+def _scores(
+    config: SelectConfig, vlm: VisionLanguageModel | None, layers: dict[str, list[int]], dataset: Dataset
+) -> tuple[list[Scores], list[Rejected]]:
+    """Scores of the rows that can be scored and everything that was quarantined, both in input order."""
+    if config.from_scores is not None:
+        scored, rejected = _read_scores(config.from_scores, config.ablation, layers, dataset)
+    else:
+        assert vlm is not None
+        scorer = Scorer(vlm, layers, config.ablation, batch_tokens=config.batch_tokens)
+        scored, rejected = scorer.score(dataset.rows), scorer.rejected
     if not scored:
         raise DataError("no row of the pool can be encoded by this model", "see `vfl-train data preview`")
-    rejected = sorted([*dataset.rejected, *scorer.rejected], key=lambda r: r.row)
-    return scored, rejected
+    return scored, sorted([*dataset.rejected, *rejected], key=lambda r: r.row)
 
 
-def _read_scores(folder: Path, dataset: Dataset, functions: list[str]) -> list[Scores]:
-    """Scores of an earlier run over the same data. Raises ConfigError if they are of other rows."""
-    table = pq.read_table(folder / "scores.parquet").to_pylist()
+def _scores_file(folder: Path) -> Path:
+    path = folder / "scores.parquet"
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no scores.parquet", "give the output folder of an earlier select")
+    return path
+
+
+def _read_scores(
+    folder: Path, ablation: str, layers: dict[str, list[int]], dataset: Dataset
+) -> tuple[list[Scores], list[Rejected]]:
+    """Scores of an earlier run over the same data, and the rows which that run could not score. Raises
+    ConfigError if it was of other rows, other layers or another ablation."""
+    earlier, fix = read_json(folder / "selection.json"), "score this data with this profile again"
+    for key, wanted in (("layers", layers), ("ablation", ablation)):
+        if earlier.get(key) != wanted:
+            raise ConfigError(f"{folder} was scored with {key} {earlier.get(key)}, not {wanted}", fix)
+    try:
+        table = pq.read_table(_scores_file(folder)).to_pylist()
+    except pa.ArrowInvalid as e:
+        raise ConfigError(f"{folder}/scores.parquet cannot be read: {e}", fix) from e
     rows = {row.uid: row for row in dataset.rows}
-    missing = [f for f in functions if table and f"delta_{f}" not in table[0]]
-    if missing or any(t["uid"] not in rows for t in table):
-        why = f"no column of {missing[0]}" if missing else "rows that the data does not have"
-        raise ConfigError(f"{folder}/scores.parquet has {why}", "score this data with this profile again")
-    return [
+    if any(t["uid"] not in rows for t in table):
+        raise ConfigError(f"{folder}/scores.parquet has rows that the data does not have", fix)
+    lines = (folder / "quarantine.jsonl").read_text(encoding="ascii").splitlines()
+    refused = {entry["row"]: entry for entry in map(json.loads, lines)}
+    rejected = []
+    for uid in rows.keys() - {t["uid"] for t in table}:
+        row, entry = rows[uid], refused.get(rows[uid].row)
+        if entry is None:
+            raise ConfigError(f"{folder}/scores.parquet has no score of row {row.row}", fix)
+        rejected.append(Rejected(row.row, row.id, Reason(entry["code"]), entry["detail"], row.line))
+    scored = [
         Scores(
-            rows[t["uid"]], t["n_answer_tokens"], t["loss_full"], {f: t[f"loss_{f}"] for f in functions},
-            {f: t[f"delta_{f}"] for f in functions}, t["visual_gain"], tuple(t["flags"]),
+            rows[t["uid"]], t["n_answer_tokens"], t["loss_full"], {f: t[f"loss_{f}"] for f in layers},
+            {f: t[f"delta_{f}"] for f in layers}, t["visual_gain"], tuple(t["flags"]),
         )
         for t in table
     ]  # fmt: skip
+    return scored, rejected
 
 
 def choose_rows(
@@ -131,7 +169,7 @@ def choose_rows(
     deltas = {f: [s.deltas[f] for s in scored] for f in functions}
     gain = [s.visual_gain for s in scored]
     loss = [s.loss_full for s in scored]
-    bucket = choose.buckets(deltas, gain)
+    bucket = choose.buckets(deltas)
     mix = parse_weights(config.mix, "--mix") if config.mix else None
     budget = min(budget_rows(config.budget, len(scored)), len(scored))
     picks: dict[str, list[int]] = {}

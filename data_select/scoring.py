@@ -7,6 +7,7 @@ The rows of a text-only sample have nothing to take away: their deltas are 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from PIL import Image
 
 from vfl_train.data.images import RejectedImage, open_image
 from vfl_train.data.rows import Reason, Rejected, Row, RowError
+from vfl_train.errors import ConfigError, NumericError
 from vfl_train.interventions import Branch, Intervention, Prompt, drop, read_out, swap
 from vfl_train.interventions import Row as BranchRow
 from vfl_train.progress import track
@@ -84,6 +86,9 @@ class Scorer:
         except (RejectedImage, RowError) as e:
             self.rejected.append(Rejected(row.row, row.id, e.code, e.detail, row.line))
             return None
+        except ConfigError as e:  # a prompt in which this model's images cannot be told apart
+            self.rejected.append(Rejected(row.row, row.id, Reason.not_encodable, e.message, row.line))
+            return None
         positions = tuple(torch.nonzero(encoded.answer_mask)[:, 0].tolist())
         if not positions:
             self.rejected.append(
@@ -108,14 +113,14 @@ class Scorer:
         return [self._collect(row, len(positions), losses) for row, _, _, positions in samples]
 
     def _collect(self, row: Row, answer_tokens: int, losses: Iterator[float]) -> Scores:
-        full = next(losses)
+        full = _finite(next(losses), row)
         if not row.images:
             zeros = dict.fromkeys(self.layers, 0.0)
             return Scores(
                 row, answer_tokens, full, dict.fromkeys(self.layers, full), zeros, 0.0, ("text_only",)
             )
-        per_function = {name: next(losses) for name in self.layers}
-        gain = next(losses) - full
+        per_function = {name: _finite(next(losses), row) for name in self.layers}
+        gain = _finite(next(losses), row) - full
         deltas = {f: loss - full for f, loss in per_function.items()}
         if self.ablation == "nested":  # each level against the next shallower one
             order = sorted(self.layers, key=lambda f: -min(self.layers[f]))
@@ -124,6 +129,12 @@ class Scorer:
                 deltas[f] = per_function[f] - reference
                 reference = per_function[f]
         return Scores(row, answer_tokens, full, per_function, deltas, gain)
+
+
+def _finite(loss: float, row: Row) -> float:
+    if not math.isfinite(loss):
+        raise NumericError(f"the loss of row {row.row} of {row.source} is {loss}", "try --dtype float32")
+    return loss
 
 
 def _needs_blank(branch: Branch) -> bool:

@@ -32,9 +32,9 @@ def dry_run_option() -> bool:
     return option(False, help="Say what would be done and what it costs, then stop.")
 
 
-def functions_option(default_text: str) -> tuple[str, ...]:
+def functions_option(default_text: str, shared: bool = True) -> tuple[str, ...]:
     """`--functions`; `default_text` says what none given means."""
-    return option((), help=f"{_FUNCTIONS_HELP} {default_text}".strip(), metavar="NAME,..")
+    return option((), help=f"{_FUNCTIONS_HELP} {default_text}".strip(), metavar="NAME,..", shared=shared)
 
 
 def layer_rule_option() -> str:

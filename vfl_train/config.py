@@ -40,7 +40,8 @@ class ProfileConfig(ModelOptions):
 
     output: Path = output_option("profile.json, profile.png and report.html")
     adapter: str | None = option(None, metavar="A", help="LoRA adapter to put on the model first.")
-    functions: tuple[str, ...] = functions_option("[all of the probe set]")
+    # Not shared: select compares a row's need of every function, whichever of them is wanted.
+    functions: tuple[str, ...] = functions_option("[all of the probe set]", shared=False)
     probes: Path | None = option(
         None, metavar="DIR", help="Folder with your own probe pairs. [the built-in ones]"
     )
@@ -212,7 +213,8 @@ class EvalConfig(ModelOptions):
         None, metavar="D", shared=False, excludes=("probes",), help="Score the answers of these rows instead."
     )
     image_root: Path | None = image_root_option()
-    functions: tuple[str, ...] = functions_option("[all]")
+    # Not shared: forgetting shows in the functions that were not trained.
+    functions: tuple[str, ...] = functions_option("[all]", shared=False)
     drop_from: tuple[int, ...] = option(
         (), metavar="K,..", help="Also score with the image dropped from layer K on, for each K."
     )
@@ -348,6 +350,9 @@ class DataConfig(Config):
     )
     data: str = option(argument=True, metavar="D", help="The data file.")
     image_root: Path | None = image_root_option()
+    model: str = option("phantom", metavar="NAME", help="Whose processor preview shows the rows through.")
+    revision: str | None = option(None, metavar="COMMIT", help="Commit of a Hub model.")
+    max_pixels: int | None = option(None, help="Largest image the processor passes on, in pixels.")
     limit: int | None = option(None, help="Look at this many rows only.")
 
     def check(self) -> None:

@@ -29,6 +29,7 @@ __all__ = ["demo", "run_recipe"]
 
 POOL_ROWS = 1400
 PROBE_PAIRS = 24
+BATCH_TOKENS = 3072  # fits the caches of a small CPU: twice as fast as 8192 there
 SHIFTED = ("ocr_handwritten", "count_handwritten")
 DISCLAIMER = (
     "The phantom is a calibration instrument: a 3 M-parameter Qwen2.5-VL trained from scratch with its "
@@ -72,10 +73,12 @@ def demo_steps(folder: Path, world: Path, seed: int, overwrite: bool) -> Steps:
     profile, lora = folder / "profile", folder / "lora"
     select = SelectConfig(
         profile=str(profile / "profile.json"), data=str(world / "pool.json"), functions=("ocr",),
-        budget="0.2", output=folder / "select", ablation="blank", **shared,
+        budget="0.2", output=folder / "select", batch_tokens=BATCH_TOKENS, **shared,
     )  # fmt: skip
     return Steps(
-        ProfileConfig(pairs=PROBE_PAIRS, control_pairs=4, output=profile, **shared),
+        ProfileConfig(
+            pairs=PROBE_PAIRS, control_pairs=4, batch_tokens=BATCH_TOKENS, output=profile, **shared
+        ),
         select,
         LoraConfig(
             profile=str(profile / "profile.json"), functions=("ocr",), data=str(selected_file(select)),

@@ -19,11 +19,12 @@ from vfl_train.functions.matching import matches
 from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
 from vfl_train.interventions import Prompt
 from vfl_train.models import VisionLanguageModel
+from vfl_train.models.digest import model_digest
 from vfl_train.models.generation import generate
 from vfl_train.options import parse_weights
 from vfl_train.progress import track
-from vfl_train.runs import RunFolder, fingerprint
-from vfl_train.schemas import FunctionScore, wilson
+from vfl_train.runs import RunFolder, file_sha256, fingerprint
+from vfl_train.schemas import FunctionScore, read_json, wilson
 
 if TYPE_CHECKING:
     from vfl_train.config import EvalConfig
@@ -45,8 +46,8 @@ class Question:
 def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
     """Score the model of `config` and write scorecard.json. Prints the table.
 
-    Raises VerificationError (exit 4) after writing if a function lost more than --fail-if-drop allows,
-    ConfigError and DataError before anything is written.
+    Raises VerificationError (exit 4) if a function lost more than --fail-if-drop allows, after writing and
+    also where the scorecard is there already; ConfigError and DataError before anything is written.
     """
     if config.drop_from or config.rerun:
         raise ConfigError("eval --drop-from and --rerun are not there yet", "leave them out")
@@ -55,23 +56,29 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
     unknown = sorted(set(allowed) - {q.function for q in questions})
     if unknown:
         raise ConfigError(f"--fail-if-drop names {unknown[0]!r}, which is not measured here")
-    inputs = {"questions": digest}
+    vlm = VisionLanguageModel.load(
+        config.model, config.revision, config.dtype, config.device, config.load_in_4bit,
+        config.max_pixels, config.adapter,
+    )  # fmt: skip
+    inputs = {"questions": digest, "model": model_digest(vlm)}
+    if config.adapter is not None:  # its weights are in the model's digest, its scale is not
+        inputs["adapter"] = file_sha256(Path(config.adapter) / "adapter_config.json")
     with RunFolder.open(
         config.output, fingerprint("eval", config, inputs, ("torch", "transformers")), config.overwrite
     ) as run:
         if run.already_done:
             print(f"already done: {run.folder}")
-            return {}
-        vlm = VisionLanguageModel.load(
-            config.model, config.revision, config.dtype, config.device, config.load_in_4bit,
-            config.max_pixels, config.adapter,
-        )  # fmt: skip
-        scores = score(vlm, questions, config.max_new_tokens, with_base=config.adapter is not None)
-        card = {
-            "model": config.model, "adapter": config.adapter and Path(config.adapter).name,
-            "functions": {name: s.to_json() for name, s in scores.items()},
-        }  # fmt: skip
-        run.write_json("scorecard.json", card)
+            card = read_json(run.folder / "scorecard.json")
+            scores = {name: FunctionScore(**s) for name, s in card["functions"].items()}
+        else:
+            scores = score(
+                vlm, questions, config.max_new_tokens, config.adapter is not None, config.batch_size
+            )
+            card = {
+                "model": config.model, "adapter": config.adapter and Path(config.adapter).name,
+                "functions": {name: s.to_json() for name, s in scores.items()},
+            }  # fmt: skip
+            run.write_json("scorecard.json", card)
     show(scores)
     check_gate(scores, allowed)
     return scores
@@ -94,10 +101,15 @@ def load_questions(config: EvalConfig) -> tuple[list[Question], str]:
     if config.data is not None:
         dataset = read_dataset(config.data, config.image_root, limit=config.limit)
         questions = [q for row in dataset.rows for q in _row_questions(row)]
+        absent = sorted(set(config.functions) - {q.function for q in questions})
+        if absent and questions:
+            raise ConfigError(f"no single-turn row of {config.data} has the source {absent[0]!r}")
         if config.functions:
             questions = [q for q in questions if q.function in config.functions]
         if not questions:
-            raise DataError(f"{config.data} holds no row to score", "check --functions and the data")
+            raise DataError(
+                f"{config.data} holds no row to score", "rows of one question and one answer are scored"
+            )
         return questions, dataset.sha256
     if config.probes is not None:
         probes = load_probe_set(Path(config.probes), config.functions, pairs)
@@ -129,19 +141,23 @@ def _base_of(vlm: VisionLanguageModel) -> Iterator[None]:
 
 
 def score(
-    vlm: VisionLanguageModel, questions: Iterable[Question], max_new_tokens: int, with_base: bool
+    vlm: VisionLanguageModel,
+    questions: Iterable[Question],
+    max_new_tokens: int,
+    with_base: bool,
+    batch_size: int | None = None,
 ) -> dict[str, FunctionScore]:
-    """Greedy answers judged per function; `with_base`: also with the adapter switched off, on the same
-    prompts."""
+    """Greedy answers judged per function, `batch_size` prompts at once; `with_base`: also with the adapter
+    switched off, on the same prompts."""
     questions = list(questions)
     after, before = [], []
     for start in track(range(0, len(questions), CHUNK), label="answering"):
         part = questions[start : start + CHUNK]
         prompts = [vlm.prompt(q.question, q.images) for q in part]
-        after += _right(vlm, part, prompts, max_new_tokens)
+        after += _right(vlm, part, prompts, max_new_tokens, batch_size)
         if with_base:
             with _base_of(vlm):
-                before += _right(vlm, part, prompts, max_new_tokens)
+                before += _right(vlm, part, prompts, max_new_tokens, batch_size)
     scores = {}
     for name in dict.fromkeys(q.function for q in questions):
         mine = [i for i, q in enumerate(questions) if q.function == name]
@@ -156,9 +172,13 @@ def score(
 
 
 def _right(
-    vlm: VisionLanguageModel, questions: list[Question], prompts: list[Prompt], max_new_tokens: int
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    prompts: list[Prompt],
+    max_new_tokens: int,
+    batch_size: int | None,
 ) -> list[bool]:
-    outputs = generate(vlm, prompts, max_new_tokens)
+    outputs = generate(vlm, prompts, max_new_tokens, batch_size=batch_size)
     return [matches(o.text, q.answer, q.match) for q, o in zip(questions, outputs, strict=True)]
 
 

@@ -198,7 +198,7 @@ def _add_edits(
             if item.kind == "drop":
                 edit.dropped.append(row.prompt.spans[s])
             else:
-                donor = None if item.donor == NOISE else row.donors[item.donor]
+                donor = None if item.donor == NOISE else row.donors[str(item.donor)]
                 source = row.prompt.spans[s] if donor is None else donor.spans[s]
                 edit.swapped.append(
                     (row.prompt.spans[s], None if donor is None else donor_rows[id(donor)], source)

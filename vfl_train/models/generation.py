@@ -40,11 +40,15 @@ def _greedy(vlm: VisionLanguageModel) -> Iterator[GenerationConfig]:
 
 @torch.no_grad()
 def generate(
-    vlm: VisionLanguageModel, prompts: Sequence[Prompt], max_new_tokens: int = 32, batch_tokens: int = 8192
+    vlm: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 32,
+    batch_tokens: int = 8192,
+    batch_size: int | None = None,
 ) -> list[Generated]:
     """Greedy outputs of `prompts`, in order. Sampling settings and penalties of the model's generation
     config are ignored, its end tokens are used. Prompts of equal length share a batch of at most
-    `batch_tokens` tokens, so there is no padding."""
+    `batch_tokens` tokens and `batch_size` prompts, so there is no padding."""
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
     out: dict[int, Generated] = {}
     with _greedy(vlm) as config:
@@ -52,6 +56,7 @@ def generate(
         while order:
             length = prompts[order[0]].length
             size = max(1, batch_tokens // (length + max_new_tokens))
+            size = min(size, batch_size or size)
             batch = [i for i in order[:size] if prompts[i].length == length]
             order = order[len(batch) :]
             inputs = stack(vlm, [(prompts[i], ()) for i in batch])

@@ -1,4 +1,5 @@
-"""What is checked of a model folder before transformers reads it: nothing in it may run code.
+"""What is checked of a model folder before transformers reads it: nothing in it may run code or lead to
+weights elsewhere.
 
 Not covered: the weights themselves (a poisoned but valid model), and image decoders.
 """
@@ -12,18 +13,39 @@ from vfl_train.schemas import read_json
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a local model folder that names remote code or kernels, or that has pickled weights only.
+    """Refuse a local model folder that names remote code or kernels, that is an adapter (transformers
+    would load the base model it names, from anywhere), or that has pickled weights only.
 
     Raises ConfigError naming the file and the key.
     """
-    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            check_config(read_json(folder / name), str(folder / name))
+    for path in sorted(folder.glob("*config.json")):
+        check_config(read_json(path), str(path))
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter (adapter_config.json)",
+            "give it to --adapter, and its base to --model",
+        )
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    for path in weights:
+        if path.suffix == ".json":
+            _check_index(folder, path)
     if not weights:
         raise ConfigError(
             f"{folder} holds no safetensors weights",
             "convert pickled weights (.bin, .pt) with a tool you trust; they are never loaded here",
+        )
+
+
+def _check_index(folder: Path, path: Path) -> None:
+    """Every shard that an index names is a safetensors file of the folder: transformers would unpickle
+    any other. Raises ConfigError."""
+    index = read_json(path)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    good = [n for n in names if isinstance(n, str) and n.endswith(".safetensors") and "/" not in n]
+    if not names or len(good) < len(names) or not all((folder / n).is_file() for n in set(good)):
+        raise ConfigError(
+            f"{path} names weights that are no safetensors files of this folder", "copy it again"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -50,7 +51,7 @@ def _load(loader: Any, path: str, local: bool, revision: str | None, **options: 
         if not local and ("connect" in str(e).lower() or "offline" in str(e).lower()):
             raise HubError(f"cannot reach the Hub for {path}: {reason}", "download it to a folder") from e
         raise ConfigError(f"cannot load {path}: {reason}", "check the name, revision and access") from e
-    except (ValueError, KeyError, ImportError) as e:
+    except (ValueError, KeyError, ImportError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"transformers cannot load {path}: {reason}") from e
 
@@ -77,9 +78,13 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as e:
         raise ConfigError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:0") from e
+    count = {"cuda": torch.cuda.device_count, "mps": torch.mps.device_count}.get(device.type, lambda: 1)()
+    if (device.index or 0) >= count:
+        raise ConfigError(f"there is no device {name!r} here", "use auto or cpu")
+    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -226,7 +231,9 @@ class VisionLanguageModel:
                 f"a {self.model_type} prompt of this form is not supported yet"
             )
         grid = inputs.get("image_grid_thw")
-        grids = [(b - a,) if grid is None else tuple(grid[i].tolist()) for i, (a, b) in enumerate(spans)]
+        grids: list[tuple[int, ...]] = [(b - a,) for a, b in spans]
+        if grid is not None:
+            grids = [tuple(row) for row in grid.tolist()]
         return Prompt(inputs, tuple(spans), tuple(grids))
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -242,7 +249,7 @@ def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, stops, strict=True))
 
 
-def _find_layers(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList]:
+def _find_layers(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
     """Name and list of the text decoder's layers: the `layers` of the module that transformers calls the
     decoder. Raises ConfigError where there is no such list of the configured depth."""
     decoder = model.get_decoder()

@@ -167,11 +167,11 @@ class TurnSampler:
                 mode += [m] * len(prompt + reply)
             rows.append((ids, labels, function, mode))
         pixels = patches(np.stack([world.draw(s) for s in scenes]), self.processor)
-        columns = [
+        padded = [
             _pad([row[i] for row in rows], fill)
             for i, fill in enumerate((self.processor.tokenizer.pad_token_id, -100, -1, FREE))
         ]
-        return Turns(pixels, *columns, image=self.image)
+        return Turns(pixels, padded[0], padded[1], padded[2], padded[3], self.image)
 
 
 def _pad(rows: list[list[int]], fill: int) -> torch.Tensor:

@@ -16,12 +16,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vfl_train.phantom.digits import handwritten_digits
 
+T = TypeVar("T")
+Color = tuple[int, int, int]
 SIZE, CELL, PATCH = 64, 16, 8  # pixels
 COLUMNS, ROWS = 4, 3
 
@@ -69,7 +72,7 @@ class Thing:
     cell: int
     offset: tuple[int, int]
     size: int
-    color: tuple[int, int, int]
+    color: Color
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Text:
     glyphs: tuple[str, str, str]
     source: str
     size: int
-    color: tuple[int, int, int]
+    color: Color
     seed: int
 
 
@@ -111,11 +114,15 @@ def answer(scene: Scene, function: str) -> str:
     }[function]()
 
 
-def _pick(rng: np.random.Generator, options: tuple) -> object:
+def _pick(rng: np.random.Generator, options: tuple[T, ...]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _thing(rng: np.random.Generator, cell: int, size: int, color: tuple[int, int, int], jitter: int) -> Thing:
+def _glyphs(rng: np.random.Generator, alphabet: tuple[str, ...]) -> tuple[str, str, str]:
+    return _pick(rng, alphabet), _pick(rng, alphabet), _pick(rng, alphabet)
+
+
+def _thing(rng: np.random.Generator, cell: int, size: int, color: Color, jitter: int) -> Thing:
     dx, dy = rng.integers(-jitter, jitter + 1, size=2)
     return Thing(int(cell), (int(dx), int(dy)), size, color)
 
@@ -131,16 +138,16 @@ def sample_scene(rng: np.random.Generator, text_source: str = "fonts", split: st
     )
     alphabet = DIGITS if text_source == "digits" else GLYPHS
     return Scene(
-        kind="digit" if text_source == "digits" else str(_pick(rng, KINDS)),
+        kind="digit" if text_source == "digits" else _pick(rng, KINDS),
         objects=objects,
         star=_thing(rng, cells[0], NEAR if near_is_star else FAR, GOLD, 1),
         heart=_thing(rng, cells[1], FAR if near_is_star else NEAR, RED, 1),
         face=_thing(rng, cells[2], 14, YELLOW, 1),
-        mood=str(_pick(rng, MOODS)),
+        mood=_pick(rng, MOODS),
         text=Text(
-            tuple(str(_pick(rng, alphabet)) for _ in range(3)),
-            str(_pick(rng, FONTS)) if text_source == "fonts" else text_source,
-            int(_pick(rng, FONT_SIZES)),
+            _glyphs(rng, alphabet),
+            _pick(rng, FONTS) if text_source == "fonts" else text_source,
+            _pick(rng, FONT_SIZES),
             _pick(rng, INKS),
             int(rng.integers(2**31)),
         ),
@@ -160,7 +167,7 @@ def vary(scene: Scene, function: str, rng: np.random.Generator) -> Scene:
         return replace(scene, star=replace(star, size=heart.size), heart=replace(heart, size=star.size))
     if function == "ocr":
         alphabet = DIGITS if scene.text.source == "digits" else GLYPHS
-        glyphs = tuple(str(_pick(rng, alphabet)) for _ in range(3))
+        glyphs = _glyphs(rng, alphabet)
         if glyphs == scene.text.glyphs:
             return vary(scene, function, rng)
         return replace(scene, text=replace(scene.text, glyphs=glyphs))
@@ -324,7 +331,7 @@ def _printed(glyph: str, font: str, size: int) -> np.ndarray:
 def _distorted(glyph: str, rng: np.random.Generator) -> np.ndarray:
     """A printed glyph bent, thickened and reduced to 8 x 8 like a scanned one, float32 [16, 16]."""
     big = Image.new("L", (64, 64), 0)
-    font = _font(str(_pick(rng, FONTS)), int(rng.integers(44, 64)))
+    font = _font(_pick(rng, FONTS), int(rng.integers(44, 64)))
     stroke = int(rng.integers(0, 4))
     ImageDraw.Draw(big).text((32, 32), glyph, fill=255, font=font, anchor="mm", stroke_width=stroke)
     angle, shear = rng.normal(0, 0.14), rng.normal(0, 0.18)
@@ -355,7 +362,7 @@ def _glyph(text: Text, index: int, rng: np.random.Generator, split: str) -> np.n
     return _printed(glyph, text.source, text.size)
 
 
-def _layers(scene: Scene) -> Iterator[tuple[str, np.ndarray, tuple[int, int, int], int, int]]:
+def _layers(scene: Scene) -> Iterator[tuple[str, np.ndarray, Color, int, int]]:
     """(label, coverage, colour, left, top) of everything drawn, back to front."""
     for index, thing in enumerate(scene.objects):
         x, y = _center(thing)
@@ -407,7 +414,7 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray(draw(scene))
 
 
-def _paint(layers: list[tuple[str, np.ndarray, tuple[int, int, int], int, int]]) -> np.ndarray:
+def _paint(layers: list[tuple[str, np.ndarray, Color, int, int]]) -> np.ndarray:
     canvas = _background().copy()
     for _, tile, color, left, top in layers:
         rows, columns, part = _paste(tile, left, top)

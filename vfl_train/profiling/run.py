@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 from vfl_train.errors import DataError
 from vfl_train.functions.probes import LoadedPair, ProbeSet, builtin_probe_set, load_probe_set
 from vfl_train.models import VisionLanguageModel
+from vfl_train.models.digest import model_digest
 from vfl_train.profiling import statistics
 from vfl_train.profiling.sweep import Sweeper
 from vfl_train.report.heatmap import save_heatmap
@@ -61,17 +61,6 @@ def load_probes(config: ProfileConfig) -> ProbeSet:
     if config.probes is None:
         return builtin_probe_set(config.model, config.functions, pairs, config.seed)
     return load_probe_set(Path(config.probes), config.functions, pairs)
-
-
-def model_digest(vlm: VisionLanguageModel) -> str:
-    """What tells this model's weights from another's without reading them all: sha256 over names, shapes
-    and a sample of each tensor."""
-    digest = hashlib.sha256(f"{vlm.model_type} {vlm.revision} {vlm.dtype}".encode())
-    for name, tensor in sorted(vlm.model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample)
-    return digest.hexdigest()
 
 
 def _check_grids(vlm: VisionLanguageModel, probes: ProbeSet) -> None:

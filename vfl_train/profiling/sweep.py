@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from vfl_train.functions.matching import matches
 from vfl_train.functions.probes import LoadedPair
 from vfl_train.interventions import NOISE, Branch, Prompt, Row, drop, read_out, swap
-from vfl_train.models.generation import generate
+from vfl_train.interventions.generation import generate_under
+from vfl_train.models.generation import Generated, generate
 from vfl_train.progress import track
 
 if TYPE_CHECKING:
@@ -25,10 +26,15 @@ class Direction:
     pair: int
     question: str
     answer: str
+    match: str
     host: Prompt
     donor: Prompt
-    own: tuple[int, ...]
-    other: tuple[int, ...]
+    own: Generated
+    other: Generated
+
+
+# A branch row and the output it is compared with.
+Trial = tuple[Row, Generated, str]
 
 
 @dataclass
@@ -58,35 +64,47 @@ class Sweeper:
             if right:
                 pa, pb = prompts[2 * i : 2 * i + 2]
                 self.directions += [
-                    Direction(i, p.question, p.answer_a, pa, pb, a.tokens, b.tokens),
-                    Direction(i, p.question, p.answer_b, pb, pa, b.tokens, a.tokens),
+                    Direction(i, p.question, p.answer_a, p.match, pa, pb, a, b),
+                    Direction(i, p.question, p.answer_b, p.match, pb, pa, b, a),
                 ]
         return len(self.directions) // 2
 
-    def outcomes(self, rows: Sequence[Row], label: str) -> list[bool]:
-        """Whether each row's forced answer holds."""
+    def same(self, trials: Sequence[Trial], label: str) -> list[bool]:
+        """Whether each row's output is the expected one. It is if forcing the expected output holds; where
+        not, and the answer is judged by something looser than equality, the output is generated."""
+        rows = [row for row, _, _ in trials]
         self.rows_run += len(rows)
         found = read_out(self.vlm, rows, self.path, self.batch_tokens)
-        return [r.holds for r in track(found, len(rows), f"{self.label}: {label}")]
+        out = [r.holds for r in track(found, len(rows), f"{self.label}: {label}")]
+        loose = [i for i, (_, _, match) in enumerate(trials) if not out[i] and match != "exact"]
+        said = generate_under(
+            self.vlm, [rows[i] for i in loose], MAX_ANSWER_TOKENS, self.path, self.batch_tokens
+        )
+        for i, tokens in zip(loose, said, strict=True):
+            _, expected, match = trials[i]
+            out[i] = matches(self.vlm.decode(tokens), expected.text, match)
+        return out
 
     def changed(self, branches: Sequence[Branch], label: str) -> list[list[bool]]:
-        """[branch][direction]: the host's own output does not hold under the branch (donor `donor`)."""
-        rows = [
-            Row(d.host, d.own, branch, {"donor": d.donor} if _needs_donor(branch) else {})
+        """[branch][direction]: the output is not the host's own under the branch (donor `donor`)."""
+        trials = [
+            (Row(d.host, d.own.tokens, branch, _donors(branch, d.donor)), d.own, d.match)
             for d in self.directions
             for branch in branches
         ]
-        holds = self.outcomes(rows, label)
-        return [[not h for h in holds[i :: len(branches)]] for i in range(len(branches))]
+        same = self.same(trials, label)
+        return [[not s for s in same[i :: len(branches)]] for i in range(len(branches))]
 
     def flipped(self, layer_sets: Sequence[Iterable[int]], label: str) -> list[list[bool]]:
-        """[layer set][direction]: the donor's own output holds when its image is read at these layers."""
+        """[layer set][direction]: the output is the donor's own when its image is read at these layers."""
         branches = [swap(layers, "donor", self.phase) for layers in layer_sets]
-        rows = [
-            Row(d.host, d.other, branch, {"donor": d.donor}) for d in self.directions for branch in branches
+        trials = [
+            (Row(d.host, d.other.tokens, branch, {"donor": d.donor}), d.other, d.match)
+            for d in self.directions
+            for branch in branches
         ]
-        holds = self.outcomes(rows, label)
-        return [holds[i :: len(branches)] for i in range(len(branches))]
+        same = self.same(trials, label)
+        return [same[i :: len(branches)] for i in range(len(branches))]
 
     def single_layer_branches(self, intervention: str) -> list[Branch]:
         """The branches of a profile's sweep, one a layer."""
@@ -109,29 +127,28 @@ class Sweeper:
             "unrelated": lambda d: self._partner(d, same=False),
             "noise": lambda d: d.host,
         }
-        out = {}
+        depth, out = self.vlm.num_layers, {}
         for name, donor_of in chosen.items():
             donors = [(d, p) for d in some if (p := donor_of(d)) is not None]
-            depth, key = self.vlm.num_layers, NOISE if name == "noise" else "donor"
-            rows = [
-                Row(d.host, d.own, swap([k], key, self.phase), {} if key == NOISE else {"donor": p})
+            key = NOISE if name == "noise" else "donor"
+            branches = [swap([k], key, self.phase) for k in range(depth)]
+            trials = [
+                (Row(d.host, d.own.tokens, branch, _donors(branch, p)), d.own, d.match)
                 for d, p in donors
-                for k in range(depth)
+                for branch in branches
             ]
-            holds = self.outcomes(rows, f"control {name}")
-            out[name] = [
-                1 - sum(holds[k::depth]) / len(donors) if donors else 0.0 for k in range(depth)
-            ] * bool(donors)
+            same = self.same(trials, f"control {name}")
+            out[name] = [1 - sum(same[k::depth]) / len(donors) for k in range(depth)] if donors else []
         return out
 
     def _partner(self, host: Direction, same: bool) -> Prompt | None:
         """Another pair's image with the same question and grid and the same (or another) answer."""
         for d in self.directions:
             fits = d.pair != host.pair and d.question == host.question and d.host.grids == host.host.grids
-            if fits and (d.answer == host.answer) == same and (same or d.own != host.own):
+            if fits and (d.answer == host.answer) == same and (same or d.own.tokens != host.own.tokens):
                 return d.host
         return None
 
 
-def _needs_donor(branch: Branch) -> bool:
-    return any(item.donor == "donor" for item in branch)
+def _donors(branch: Branch, donor: Prompt) -> dict[str, Prompt]:
+    return {"donor": donor} if any(item.donor == "donor" for item in branch) else {}

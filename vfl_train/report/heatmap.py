@@ -45,7 +45,12 @@ def draw_heatmap(profile: Profile, planted: dict[str, int] | None = None) -> Fig
     axes.set_xlabel("decoder layer" + (" (triangle: planted there)" if planted else ""))
     what = {"swap": "swapping the image at this layer", "drop": "dropping the image at this layer"}
     how = what.get(profile.intervention, "dropping the image from this layer on")
-    axes.set_title(f"{profile.model.name_or_path}: outputs changed by {how}, %", fontsize=10, loc="left")
+    axes.set_title(
+        f"{profile.model.name_or_path}: outputs changed by {how}, %",
+        fontsize=10,
+        loc="left",
+        parse_math=False,
+    )
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)

@@ -1,0 +1,129 @@
+"""Hold a phantom (or its twin) against its bars and print the tables as Markdown.
+
+    python scripts/check_phantom.py phantom --output DIR
+    python scripts/check_phantom.py phantom-unplanted --output DIR
+
+Bars, on unseen scenes, 200 questions a function: accuracy at least 98 %; a swap at the planted layer flips
+at least 97 % of the answered directions, a swap two or more layers away changes at most 2 %. Of the twin
+nothing is demanded. Also: how well a linear probe on the frozen tower's tokens separates handwritten digits
+(the ceiling of what LoRA can reach there), and what the untouched model makes of handwriting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vfl_train.config import EvalConfig, ProfileConfig
+from vfl_train.cpu import keep_freed_memory
+from vfl_train.evaluation.run import evaluate
+from vfl_train.functions.probes import save_probe_set
+from vfl_train.models import VisionLanguageModel
+from vfl_train.phantom import world
+from vfl_train.phantom.architecture import PLANTED
+from vfl_train.phantom.datasets import probe_set
+from vfl_train.profiling.run import profile
+from vfl_train.report.pages import show_layers
+from vfl_train.schemas import BUILTIN_FUNCTIONS, Profile
+
+
+def digit_probe(vlm: VisionLanguageModel, scenes: int = 600) -> tuple[float, float]:
+    """Accuracy on unseen specimens of a linear probe that reads one handwritten digit from the tower's
+    tokens under it, and its cube: the ceiling for strings of three."""
+    features, labels = {}, {}
+    for split in ("train", "test"):
+        rng = np.random.default_rng([11, len(split)])
+        drawn = [world.sample_scene(rng, "digits", split) for _ in range(scenes)]
+        features[split], labels[split] = tower_tokens(vlm, drawn)
+    head = torch.nn.Linear(features["train"].shape[1], 10)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2)
+    mean, std = features["train"].mean(0), features["train"].std(0) + 1e-6
+    for _ in range(400):
+        scores = head((features["train"] - mean) / std)
+        loss = torch.nn.functional.cross_entropy(scores, labels["train"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    guess = head((features["test"] - mean) / std).argmax(-1)
+    single = (guess == labels["test"]).float().mean().item()
+    return single, single**3
+
+
+@torch.no_grad()
+def tower_tokens(vlm: VisionLanguageModel, scenes: list[world.Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Connector output of the 2 x 3 tokens around each of the three glyphs [3 * scenes, 6 * D], and the
+    digits [3 * scenes]."""
+    rows, labels = [], []
+    side = world.SIZE // world.PATCH
+    for scene in scenes:
+        inputs = vlm.processor.image_processor([world.render(scene)], return_tensors="pt")
+        tower = vlm.base.model.visual
+        tokens = tower(
+            inputs["pixel_values"].to(vlm.base.dtype), grid_thw=inputs["image_grid_thw"]
+        ).pooler_output
+        grid = tokens.view(side, side, -1)
+        for i, glyph in enumerate(scene.text.glyphs):
+            column = min(side - 3, max(0, (4 + 20 * i) // world.PATCH))
+            rows.append(grid[side - 2 :, column : column + 3].flatten())
+            labels.append(int(glyph))
+    return torch.stack(rows).float(), torch.tensor(labels)
+
+
+def swap_table(found: Profile) -> list[str]:
+    """Per function: planted layer, flips there, largest change two or more layers away."""
+    lines = [
+        "| function | planted | answered | peak | flips at planted | changes 2+ layers away | flip block |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, f in found.functions.items():
+        k = PLANTED[name]
+        away = max((r for i, r in enumerate(f.change_rate) if abs(i - k) >= 2), default=0.0)
+        flips = f.flip_rate[k] if f.flip_rate else float("nan")
+        peak = "-" if f.peak_layer is None else f"{f.peak_layer} ({f.change_rate[f.peak_layer]:.1%})"
+        block = show_layers(f.flip_block)
+        lines.append(
+            f"| {name} | {k} | {f.pairs_answered}/{f.pairs} | {peak} | {flips:.1%} | {away:.1%} | {block} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", help="phantom, phantom-unplanted or a folder that train_phantom.py wrote")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=100, help="per function; both images are asked about")
+    parser.add_argument("--seed", type=int, default=77)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+
+    kinds = dict.fromkeys(BUILTIN_FUNCTIONS, arguments.pairs)
+    kinds |= {"ocr_handwritten": arguments.pairs, "count_handwritten": arguments.pairs}
+    probes = arguments.output / "probes"
+    save_probe_set(probe_set(kinds, arguments.seed), probes)
+    shared = {"model": arguments.model, "probes": probes, "pairs": arguments.pairs, "overwrite": True}
+    scores = evaluate(EvalConfig(output=arguments.output / "eval", max_new_tokens=8, **shared))
+    found = profile(
+        ProfileConfig(
+            output=arguments.output / "profile", functions=BUILTIN_FUNCTIONS, control_pairs=4, **shared
+        )
+    )
+    single, strings = digit_probe(VisionLanguageModel.load(arguments.model))
+    print("\n".join(swap_table(found)))
+    print("\n| function | accuracy | n |\n|---|---|---|")
+    for name, s in scores.items():
+        print(f"| {name} | {s.accuracy:.1%} | {s.n} |")
+    print(f"\nlinear probe on handwritten digits: {single:.1%} single, ceiling for strings {strings:.1%}")
+    summary = {
+        "accuracy": {n: s.accuracy for n, s in scores.items()},
+        "flips_at_planted": {n: f.flip_rate[PLANTED[n]] for n, f in found.functions.items() if f.flip_rate},
+        "digit_probe": {"single": single, "strings": strings},
+    }
+    (arguments.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

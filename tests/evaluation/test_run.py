@@ -1,0 +1,185 @@
+"""`vfl-train eval` with the bundled phantom: accuracy, an adapter beside its base, the gate, data rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from vfl_train.cli import main
+from vfl_train.config import EvalConfig, LoraConfig
+from vfl_train.errors import ConfigError, DataError, VerificationError
+from vfl_train.evaluation.run import check_gate, evaluate
+from vfl_train.phantom import world
+from vfl_train.schemas import FunctionScore, wilson
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter on the ocr layer that spoils it: random weights, as large as the layer's own."""
+    from vfl_train.models import VisionLanguageModel
+    from vfl_train.runs import RunFolder
+    from vfl_train.training.adapter import apply_lora, trainable_parameters
+    from vfl_train.training.plan import build_plan, choose_layers
+    from vfl_train.training.run import save_adapter_folder
+
+    folder = tmp_path_factory.mktemp("adapter") / "spoilt"
+    vlm = VisionLanguageModel.load("phantom", device="cpu")
+    plan = build_plan(choose_layers(vlm.info, layers="10"), vlm, lora_r=4)
+    adapted = apply_lora(vlm.model, plan, r=4, alpha=8, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(adapted):
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    config = LoraConfig(model="phantom", layers="10", data="rows.jsonl", output=folder)
+    with RunFolder.open(folder, {"layers": "10"}) as run:
+        save_adapter_folder(adapted.eval(), vlm, plan, config, run)
+    return folder
+
+
+def config_of(output: Path, **settings) -> EvalConfig:
+    return EvalConfig(
+        **{"output": output, "functions": ("emotion", "ocr"), "pairs": 10, "device": "cpu", **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def spoilt(adapter, tmp_path_factory):
+    """(config, scores) of one run with the adapter."""
+    config = config_of(tmp_path_factory.mktemp("eval") / "out", adapter=str(adapter))
+    return config, evaluate(config)
+
+
+def card_of(folder: Path) -> dict:
+    return json.loads((folder / "scorecard.json").read_text(encoding="utf-8"))
+
+
+def test_the_phantom_answers_its_probes(tmp_path):
+    scores = evaluate(config_of(tmp_path / "out"))
+    for name in ("emotion", "ocr"):
+        assert scores[name].accuracy >= 0.9 and scores[name].n == 20
+        assert scores[name].ci95 == wilson(scores[name].accuracy * 20, 20)
+    assert card_of(tmp_path / "out") == {
+        "model": "phantom", "adapter": None,
+        "functions": {
+            name: {"accuracy": s.accuracy, "n": 20, "ci95": s.ci95} for name, s in scores.items()
+        },
+    }  # fmt: skip
+
+
+def test_an_adapter_is_judged_beside_its_base(spoilt, tmp_path):
+    config, scores = spoilt
+    base = evaluate(config_of(tmp_path / "base"))
+    for name, s in scores.items():
+        assert s.base_accuracy == base[name].accuracy
+        assert s.delta == pytest.approx(100 * (s.accuracy - s.base_accuracy))
+    assert scores["ocr"].delta < -30, "random weights did not spoil the layer: the test shows nothing"
+    card = card_of(config.output)
+    assert card["adapter"] == "spoilt"
+    assert card["functions"]["ocr"].keys() == {"accuracy", "n", "ci95", "base_accuracy", "delta"}
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_the_batch_size_changes_nothing(spoilt, tmp_path, size):
+    config, _ = spoilt
+    settings = {**vars(config), "batch_size": size, "pairs": 3, "output": tmp_path / "out"}
+    few = evaluate(EvalConfig(**settings))
+    assert few == evaluate(EvalConfig(**{**settings, "batch_size": 32, "output": tmp_path / "other"}))
+
+
+def test_the_gate_exits_4_after_writing_and_every_time(adapter, tmp_path):
+    args = ["eval", "--adapter", str(adapter), "--functions", "ocr", "--pairs", "4", "--device", "cpu"]
+    args += ["--output", str(tmp_path / "out"), "--fail-if-drop", "ocr=1"]
+    first = CliRunner().invoke(main, args)
+    assert first.exit_code == 4 and "ocr lost" in first.stderr and "allowed 1" in first.stderr
+    assert card_of(tmp_path / "out")["functions"]["ocr"]["delta"] < -1
+    again = CliRunner().invoke(main, args)
+    assert "already done" in again.stdout
+    assert again.exit_code == 4, "a failed gate does not pass the second time"
+    assert again.stderr.splitlines()[-1] == first.stderr.splitlines()[-1]
+
+
+def test_an_unknown_function_in_the_gate_exits_2_before_anything_is_written(adapter, tmp_path):
+    args = ["eval", "--adapter", str(adapter), "--functions", "ocr", "--pairs", "4", "--device", "cpu"]
+    args += ["--output", str(tmp_path / "out"), "--fail-if-drop", "smell=1"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2 and "'smell', which is not measured" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_gate_allows():
+    score = lambda delta: FunctionScore(0.5, 10, [0.0, 1.0], 0.5, delta)  # noqa: E731
+    scores = {"ocr": score(-2.0), "count": score(-3.5), "relation": score(9.0)}
+    check_gate(scores, {})
+    check_gate(scores, {"ocr": 2.0, "relation": 0.0})
+    with pytest.raises(VerificationError, match=r"ocr lost 2.0 points \(allowed 1.5\); count lost 3.5"):
+        check_gate(scores, {"ocr": 1.5, "count": 0.0})
+
+
+def test_another_adapter_under_the_same_name_is_not_already_done(adapter, spoilt, tmp_path):
+    """The scorecard of a folder is of the weights that were there, not of the folder's name."""
+    import shutil
+
+    copy = tmp_path / "adapter"
+    shutil.copytree(adapter, copy)
+    config = config_of(tmp_path / "out", adapter=str(copy), pairs=2)
+    evaluate(config)
+    weights = load_file(copy / "adapter_model.safetensors")
+    save_file({k: v * 0.5 for k, v in weights.items()}, copy / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"holds another run: inputs\.model"):
+        evaluate(config)
+
+
+# --- rows as questions ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """Rows of two sources, one of them wrong throughout; one row of two turns and one of text only."""
+    rng, lines = np.random.default_rng(1), []
+    for i in range(8):
+        scene = world.sample_scene(rng)
+        world.render(scene).save(tmp_path / f"{i}.png")
+        reply = world.answer(scene, "emotion") if i % 2 else "no mood at all"
+        turns = [
+            {"role": "user", "content": f"<image>{world.QUESTIONS['emotion']}"},
+            {"role": "assistant", "content": reply},
+        ]
+        lines.append({"messages": turns, "images": [f"{i}.png"], "source": ("wrong", "right")[i % 2]})
+    lines[0]["messages"] = lines[0]["messages"] * 2
+    lines[0]["messages"][2] = {"role": "user", "content": world.QUESTIONS["count"]}
+    question, reply = world.LANGUAGE[0]
+    lines.append(
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    return path
+
+
+def test_rows_are_scored_by_source(rows, tmp_path):
+    scores = evaluate(config_of(tmp_path / "out", data=str(rows), functions=()))
+    assert {name: s.n for name, s in scores.items()} == {"right": 4, "wrong": 3, "rows": 1}
+    assert scores["right"].accuracy >= 0.75 and scores["wrong"].accuracy == 0
+    only = evaluate(config_of(tmp_path / "only", data=str(rows), functions=("right",)))
+    assert only == {"right": scores["right"]}
+
+
+def test_a_source_that_is_not_there_is_named(rows, tmp_path):
+    with pytest.raises(ConfigError, match="the source 'smell'"):
+        evaluate(config_of(tmp_path / "out", data=str(rows), functions=("right", "smell")))
+    rows.write_text(rows.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no row to score"):
+        evaluate(config_of(tmp_path / "out", data=str(rows), functions=()))
+
+
+def test_what_is_not_there_yet_is_refused(tmp_path):
+    for settings in ({"drop_from": (3,)}, {"rerun": "ocr"}):
+        with pytest.raises(ConfigError, match="not there yet"):
+            evaluate(config_of(tmp_path / "out", **settings))

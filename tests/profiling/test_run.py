@@ -1,0 +1,157 @@
+"""`vfl-train profile` of the bundled phantom: the planted layers, the file, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from vfl_train.cli import main
+from vfl_train.config import ProfileConfig
+from vfl_train.functions.probes import save_probe_set
+from vfl_train.phantom.architecture import LAYERS, PLANTED
+from vfl_train.phantom.datasets import probe_set
+from vfl_train.profiling.run import profile
+from vfl_train.schemas import Profile
+
+FUNCTIONS = ("emotion",)  # the surest of the phantom's: every pair is answered
+
+
+def config_of(output: Path, **settings) -> ProfileConfig:
+    return ProfileConfig(
+        **{
+            "output": output, "functions": FUNCTIONS, "pairs": 22, "control_pairs": 2, "device": "cpu",
+            "batch_tokens": 2048, **settings,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(config, profile) of one run."""
+    config = config_of(tmp_path_factory.mktemp("profile") / "out", functions=FUNCTIONS)
+    return config, profile(config)
+
+
+def run_cli(output: Path, *args: object):
+    return CliRunner().invoke(
+        main, ["profile", "--output", str(output), "--device", "cpu", "--pairs", "2", *map(str, args)]
+    )
+
+
+def test_the_planted_layers_are_found(found):
+    _, result = found
+    for name in FUNCTIONS:
+        f = result.functions[name]
+        assert f.status == "ok" and f.pairs == 22 and f.pairs_answered >= 20
+        assert f.peak_layer == PLANTED[name] and f.flip_block == [PLANTED[name]]
+        assert PLANTED[name] in f.layers and not f.distributed
+        assert f.change_rate[f.peak_layer] > 0.9 and f.flip_rate[f.peak_layer] > 0.9
+        low, high = f.ci95[f.peak_layer]
+        assert 0 <= low <= f.change_rate[f.peak_layer] <= high <= 1
+
+
+def test_controls(found):
+    f = found[1].functions["emotion"]
+    assert set(f.controls) == {"self", "nuisance", "unrelated", "noise"}
+    assert f.controls["self"] == [0.0] * LAYERS
+    assert max(f.controls["nuisance"]) < 0.5 < f.controls["unrelated"][PLANTED["emotion"]]
+
+
+def test_the_file_follows_the_contract(found):
+    config, result = found
+    value = json.loads((config.output / "profile.json").read_text(encoding="utf-8"))
+    assert Profile.load(config.output) == result == Profile.load(config.output / "profile.json")
+    assert next(iter(value.items())) == ("schema_version", 1)
+    assert value.keys() >= {
+        "model", "intervention", "phase", "path", "dtype", "seed", "versions", "probe_set", "functions",
+        "drop_curve", "drop_plan",
+    }  # fmt: skip
+    assert value["model"] == {
+        "name_or_path": "phantom", "revision": None, "model_type": "qwen2_5_vl", "num_layers": LAYERS,
+        "hidden_size": 128,
+    }  # fmt: skip
+    f = value["functions"]["emotion"]
+    for rates in (f["change_rate"], f["flip_rate"], f["ci95"], *f["controls"].values()):
+        assert len(rates) == LAYERS
+    assert Image.open(config.output / "profile.png").format == "PNG"
+    assert "<h3>emotion</h3>" in (config.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_second_run_is_already_done(found, capsys):
+    config, result = found
+    before = (config.output / "manifest.json").read_bytes()
+    assert profile(config) == result
+    assert "already done" in capsys.readouterr().out
+    assert (config.output / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("intervention", ["drop", "drop-from"])
+def test_drops(tmp_path, intervention):
+    config = config_of(tmp_path / "out", intervention=intervention)
+    f = profile(config).functions["emotion"]
+    assert f.status == "ok" and f.flip_rate == [] and f.controls == {} and f.flip_block == []
+    rates, planted = f.change_rate, PLANTED["emotion"]
+    assert f.peak_layer == planted and planted in f.layers
+    if intervention == "drop-from":
+        assert min(rates[: planted + 1]) > 0.5 > max(rates[planted + 1 :])
+    else:
+        assert rates[planted] > 0.5 > max(r for k, r in enumerate(rates) if abs(k - planted) > 1)
+    assert Profile.load(config.output).intervention == intervention
+
+
+def test_fewer_than_20_answered_pairs_are_not_measurable(tmp_path):
+    found = profile(config_of(tmp_path / "out", pairs=19)).functions["emotion"]
+    assert (found.status, found.pairs, found.peak_layer) == ("not_measurable", 19, None)
+    assert found.layers == found.flip_block == found.change_rate == []
+    assert Profile.load(tmp_path / "out").functions["emotion"] == found
+
+
+def test_a_probe_folder_gives_what_the_builtin_pairs_give(tmp_path):
+    """The same pairs from files; a wrong expected answer makes a pair unanswered."""
+    probes = probe_set({"emotion": 2}, 0)
+    save_probe_set(probes, tmp_path / "probes")
+    lines = (tmp_path / "probes" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "answer_b": "bored"})
+    (tmp_path / "probes" / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    result = run_cli(tmp_path / "out", "--probes", tmp_path / "probes")
+    assert result.exit_code == 0, result.stderr
+    found = Profile.load(tmp_path / "out")
+    assert found.functions["emotion"].pairs_answered == 1
+    assert found.probe_set["name"] == "probes"
+
+
+def test_images_of_unequal_size_exit_3_naming_the_line(tmp_path):
+    probes = tmp_path / "probes"
+    save_probe_set(probe_set({"emotion": 2}, 0), probes)
+    Image.new("RGB", (64, 48)).save(probes / "emotion-001-b.png")
+    result = run_cli(tmp_path / "out", "--probes", probes)
+    assert result.exit_code == 3 and "line 2" in result.stderr and "sizes must be equal" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_refusals_exit_2_and_leave_the_folder_alone(tmp_path):
+    result = run_cli(tmp_path / "out", "--functions", "smell")
+    assert result.exit_code == 2 and "unknown function 'smell'" in result.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
+    for args in ((), ("--overwrite",)):
+        result = run_cli(tmp_path / "mine", "--functions", "emotion", *args)
+        assert result.exit_code == 2 and "did not write" in result.stderr
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_another_setting_is_another_run(tmp_path):
+    assert run_cli(tmp_path / "out", "--functions", "emotion").exit_code == 0
+    result = run_cli(tmp_path / "out", "--functions", "emotion", "--phase", "decode")
+    assert result.exit_code == 2 and 'phase was "text", is now "decode"' in result.stderr
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    result = run_cli(tmp_path / "out", "--functions", "emotion", "--dry-run")
+    assert result.exit_code == 0 and "emotion: 2 pairs" in result.stdout
+    assert not (tmp_path / "out").exists()
