@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vfl_train.models.vlm import VisionLanguageModel, load_processor, resolve_name
+    from vfl_train.models.vlm import VisionLanguageModel, load_processor, local_folder, resolve_name
 
-__all__ = ["VisionLanguageModel", "load_processor", "resolve_name"]
+__all__ = ["VisionLanguageModel", "load_processor", "local_folder", "resolve_name"]
 
 
 def __getattr__(name: str) -> Any:  # keeps torch out of `import vfl_train.models.families`

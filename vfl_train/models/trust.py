@@ -12,9 +12,9 @@ from vfl_train.errors import ConfigError
 from vfl_train.schemas import read_json
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, weights: bool = True) -> None:
     """Refuse a local model folder that names remote code or kernels, that is an adapter (transformers
-    would load the base model it names, from anywhere), or that has pickled weights only.
+    would load the base model it names, from anywhere), or (with `weights`) has pickled weights only.
 
     Raises ConfigError naming the file and the key.
     """
@@ -25,11 +25,13 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds an adapter (adapter_config.json)",
             "give it to --adapter, and its base to --model",
         )
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-    for path in weights:
+    if not weights:
+        return
+    found = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    for path in found:
         if path.suffix == ".json":
             _check_index(folder, path)
-    if not weights:
+    if not found:
         raise ConfigError(
             f"{folder} holds no safetensors weights",
             "convert pickled weights (.bin, .pt) with a tool you trust; they are never loaded here",

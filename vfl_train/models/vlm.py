@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.resources import files
@@ -10,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vfl_train.data.collator import Encoder
 from vfl_train.data.rows import user_message
 from vfl_train.errors import ConfigError, HubError
 from vfl_train.interventions.readout import Prompt
 from vfl_train.models.families import Family, family_of
-from vfl_train.models.trust import check_config, check_model_folder
+from vfl_train.models.trust import check_model_folder
 from vfl_train.schemas import ModelInfo
 
+log = logging.getLogger(__name__)
+TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # configuration, templates, tokenizers
 BUNDLED = {"phantom": "planted", "phantom-unplanted": "unplanted"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,29 +45,54 @@ def resolve_name(name: str) -> tuple[str, bool]:
     raise ConfigError(f"there is no model {name!r}", hint)
 
 
-def _load(loader: Any, path: str, local: bool, revision: str | None, **options: Any) -> Any:
-    """`loader.from_pretrained` with remote code off and failures told in one line."""
+def local_folder(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The folder a model loads from, checked (see `trust`). A Hub model is fetched into the cache first,
+    safetensors and text files only, so that nothing of it is read before it is checked.
+
+    Raises:
+        ConfigError: no such model or revision, no access, or a folder that would run code.
+        HubError: the Hub cannot be reached.
+    """
+    path, local = resolve_name(name)
+    if local:
+        folder = Path(path)
+    else:
+        log.info("fetching %s from the Hub, if it is not in the cache", name)
+        folder = _fetch(path, revision, [*TEXT_FILES, "*.safetensors"] if weights else TEXT_FILES)
+    check_model_folder(folder, weights)
+    return folder
+
+
+def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
-        return loader.from_pretrained(
-            path, revision=revision, trust_remote_code=False, local_files_only=local, **options
-        )
-    except OSError as e:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as e:
+        raise ConfigError(
+            f"the Hub has no {repo} at {revision or 'main'}, or gives no access",
+            "check the name and revision; `hf auth login` for gated models",
+        ) from e
+    except OSError as e:  # no connection, offline mode, HTTP errors
         reason = str(e).strip().splitlines()[0]
-        if not local and ("connect" in str(e).lower() or "offline" in str(e).lower()):
-            raise HubError(f"cannot reach the Hub for {path}: {reason}", "download it to a folder") from e
-        raise ConfigError(f"cannot load {path}: {reason}", "check the name, revision and access") from e
-    except (ValueError, KeyError, ImportError, SafetensorError) as e:
+        raise HubError(f"cannot fetch {repo}: {reason}", "download it to a folder and give that") from e
+
+
+def _load(loader: Any, folder: Path, **options: Any) -> Any:
+    """`loader.from_pretrained` of a checked folder: no network, no remote code, failures in one line."""
+    try:
+        return loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"transformers cannot load {path}: {reason}") from e
+        raise ConfigError(f"transformers cannot load {folder}: {reason}", "check that it is complete") from e
 
 
 def load_processor(name: str, revision: str | None = None, max_pixels: int | None = None) -> Any:
     """The processor of a model, remote code off. `max_pixels` caps the pixels an image is resized to.
     Raises ConfigError or HubError."""
-    path, local = resolve_name(name)
-    if local:
-        check_model_folder(Path(path))
-    processor = _load(AutoProcessor, path, local, revision)
+    return _processor(local_folder(name, revision, weights=False), name, max_pixels)
+
+
+def _processor(folder: Path, name: str, max_pixels: int | None) -> Any:
+    processor = _load(AutoProcessor, folder)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{name} has no chat template", "use the instruct version of the model")
     if max_pixels is not None:
@@ -134,21 +164,17 @@ class VisionLanguageModel:
         """
         if load_in_4bit:
             raise ConfigError("--load-in-4bit is not there yet", "load in bfloat16")
-        path, local = resolve_name(name)
-        processor = load_processor(name, revision, max_pixels)
-        if not local:
-            config = _load(AutoConfig, path, local, revision)
-            check_config({k: v for k, v in config.to_dict().items() if not k.startswith("_")}, path)
-        where = _device(device)
+        folder, where = local_folder(name, revision), _device(device)
+        processor = _processor(folder, name, max_pixels)
         model = _load(
-            AutoModelForImageTextToText, path, local, revision,
+            AutoModelForImageTextToText, folder,
             dtype=_dtype(dtype, where), attn_implementation="sdpa", use_safetensors=True,
         ).to(where)  # fmt: skip
         if adapter is not None:
             from vfl_train.hub.load import load_adapter
 
             model = load_adapter(model, adapter)
-        return cls(model, processor, name, revision, Path(path) if local else None)
+        return cls(model, processor, name, revision, folder)
 
     # --- facts ---------------------------------------------------------------------------------
 
