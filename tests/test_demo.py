@@ -76,6 +76,31 @@ def test_headline_and_report_hold_the_measured_figures(small):
     assert Path(folder / "lora" / "plan.json").is_file()
 
 
+def test_a_recipe_links_its_steps(tmp_path, monkeypatch):
+    """What a recipe leaves out follows from the step before."""
+    from vfl_train import pipeline
+    from vfl_train.config import RunConfig
+
+    recipe = tmp_path / "vfl-train.yaml"
+    recipe.write_text(
+        f"project: {tmp_path}/out\ndata: {tmp_path}/pool/train.json\n"
+        "functions: [ocr]\nlora: {max_steps: 7}\n"
+    )
+    seen = []
+    monkeypatch.setattr(pipeline, "run_steps", seen.append)
+    pipeline.run_recipe(RunConfig(recipe=str(recipe)))
+    (steps,) = seen
+    project = tmp_path / "out"
+    assert steps.profile.functions == () == steps.eval.functions  # all of them: buckets and forgetting
+    assert steps.select.functions == steps.lora.functions == ("ocr",)
+    assert Path(steps.select.profile) == project / "profile" / "profile.json"
+    assert Path(steps.lora.data) == project / "select" / "selected.json"
+    assert steps.lora.image_root == tmp_path / "pool"
+    assert steps.lora.max_steps == 7
+    assert Path(steps.eval.adapter) == project / "lora"
+    assert steps.merge.adapters == (str(project / "lora"),)
+
+
 def test_a_second_run_does_nothing_again(small, capsys):
     outcome, _, folder = small
     before = (folder / "lora" / "adapter_model.safetensors").stat().st_mtime_ns

@@ -100,6 +100,7 @@ def profile_page(profile: Profile, probes: ProbeSet, examples: int = 3) -> str:
     return page(
         "profile.html", f"Vision function layers of {model.name_or_path}", lead,
         heatmap=data_uri(heatmap_bytes(profile)), functions=function_rows(profile), examples=shown,
+        intervention=profile.intervention,
     )  # fmt: skip
 
 
