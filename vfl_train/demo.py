@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo", "run_recipe"]
 
-POOL_ROWS = 1400
+POOL_ROWS = 2000
 PROBE_PAIRS = 24
 BATCH_TOKENS = 3072  # fits the caches of a small CPU: twice as fast as 8192 there
 SHIFTED = ("ocr_handwritten", "count_handwritten")
@@ -82,7 +82,7 @@ def demo_steps(folder: Path, world: Path, seed: int, overwrite: bool) -> Steps:
         select,
         LoraConfig(
             profile=str(profile / "profile.json"), functions=("ocr",), data=str(selected_file(select)),
-            image_root=world, output=lora, learning_rate=4e-3, max_steps=300, per_device_train_batch_size=16,
+            image_root=world, output=lora, learning_rate=1e-3, max_steps=300, per_device_train_batch_size=16,
             gradient_accumulation_steps=1, **shared,
         ),
         EvalConfig(

@@ -17,7 +17,7 @@ from vfl_train.schemas import LANGUAGE, ProbePair
 # Shares of the demo's pool. `ocr_handwritten` and `count_handwritten` are the shifted domain.
 POOL = {
     "recognition": 0.13, "emotion": 0.13, "count": 0.13, "grounding": 0.13, "relation": 0.13, LANGUAGE: 0.10,
-    "count_handwritten": 0.05, "ocr": 0.06, "ocr_handwritten": 0.14,
+    "count_handwritten": 0.05, "ocr": 0.08, "ocr_handwritten": 0.12,
 }  # fmt: skip
 
 
