@@ -31,7 +31,7 @@ from vfl_train.report.pages import show_layers
 from vfl_train.schemas import BUILTIN_FUNCTIONS, Profile
 
 
-def digit_probe(vlm: VisionLanguageModel, scenes: int = 600) -> tuple[float, float]:
+def digit_probe(vlm: VisionLanguageModel, scenes: int = 1500) -> tuple[float, float]:
     """Accuracy on unseen specimens of a linear probe that reads one handwritten digit from the tower's
     tokens under it, and its cube: the ceiling for strings of three."""
     features, labels = {}, {}

@@ -46,12 +46,21 @@ def demo(config: DemoConfig) -> Outcome:
     steps = demo_steps(folder, world, config.seed, config.overwrite)
     made = time.perf_counter() - start
     outcome = run_steps(steps)
-    outcome.seconds = {"world": made, **outcome.seconds}
+    outcome.seconds = _times(folder, {"world": made, **outcome.seconds}, outcome.skipped)
     facts = headline(outcome, read_json(world / "truth.json"))
     (folder / "report.html").write_text(report(outcome, facts), encoding="utf-8")
     show(outcome, facts)
     print(f"report: {folder / 'report.html'}")
     return outcome
+
+
+def _times(folder: Path, now: dict[str, float], skipped: set[str]) -> dict[str, float]:
+    """Seconds of each step when it ran, kept in times.json: a step that was done before keeps its own."""
+    path = folder / "times.json"
+    before = read_json(path) if path.is_file() and skipped else {}
+    times = {name: before.get(name, s) if name in skipped else round(s, 1) for name, s in now.items()}
+    path.write_text(json.dumps(times) + "\n", encoding="utf-8")
+    return times
 
 
 def make_world(folder: Path, seed: int, overwrite: bool = False) -> Path:

@@ -23,6 +23,7 @@ from vfl_train.config import (
     VerifyConfig,
 )
 from vfl_train.recipe import Recipe
+from vfl_train.runs import is_done
 from vfl_train.schemas import Profile, read_json
 
 
@@ -39,10 +40,11 @@ class Steps:
 
 @dataclass
 class Outcome:
-    """What the steps left in their folders, and the seconds each took."""
+    """What the steps left in their folders, the seconds each took, and which were done before."""
 
     steps: Steps
     seconds: dict[str, float] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
 
     @property
     def profile(self) -> Profile:
@@ -80,6 +82,8 @@ def run_steps(steps: Steps) -> Outcome:
     ]  # fmt: skip
     for name, command, config in plan:
         console.rule(f"[bold]{name}", align="left")
+        if name != "verify" and not config.overwrite and is_done(config.output):
+            outcome.skipped.add(name)
         start = time.perf_counter()
         command(config)
         outcome.seconds[name] = time.perf_counter() - start

@@ -148,6 +148,12 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
 
+def is_done(folder: str | Path) -> bool:
+    """Whether `folder` holds a finished run."""
+    path = Path(folder) / MARKER
+    return path.is_file() and _read_marker(Path(folder))["status"] == "done"
+
+
 # --- fingerprints --------------------------------------------------------------------------------
 
 

@@ -217,35 +217,39 @@ def minimal_pairs(
     """`pairs` minimal pairs. They come in twos with equal answers on different scenes, so that each
     image has a same-answer partner in the set for the nuisance control."""
     rng = np.random.default_rng([seed, FUNCTIONS.index(function)])
-    for _ in range((pairs + 1) // 2):
+    for index in range((pairs + 1) // 2):
         a = sample_scene(rng, text_source, split)
         b = vary(a, function, rng)
         yield a, b
-        if pairs % 2 and _ == pairs // 2:
+        if pairs % 2 and index == pairs // 2:
             return
-        partner = same_answer(a, function, rng)
-        yield partner, _transfer(b, partner, function, rng)
+        yield _same_answers(a, b, function, rng)
 
 
-def _transfer(b: Scene, partner: Scene, function: str, rng: np.random.Generator) -> Scene:
-    """`partner` varied until it gives the same answer as `b`."""
+def _same_answers(a: Scene, b: Scene, function: str, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """Another minimal pair that gives the answers of `a` and `b`."""
+    one = same_answer(a, function, rng)
     if function == "ocr":
-        return replace(partner, text=replace(partner.text, glyphs=b.text.glyphs))
+        return one, replace(one, text=replace(one.text, glyphs=b.text.glyphs))
     if function == "grounding":
-        taken = {t.cell for t in (*partner.objects, partner.heart, partner.face)}
-        if b.star.cell in taken:  # move what stands there to where the star was
-            move = lambda t: replace(t, cell=partner.star.cell) if t.cell == b.star.cell else t  # noqa: E731
-            partner = replace(
-                partner,
-                objects=tuple(map(move, partner.objects)),
-                heart=move(partner.heart),
-                face=move(partner.face),
-            )
-        return replace(partner, star=replace(partner.star, cell=b.star.cell))
-    varied = vary(partner, function, rng)
-    while answer(varied, function) != answer(b, function):
-        varied = vary(partner, function, rng)
-    return varied
+        one = _cleared(one, b.star.cell, rng)
+        return one, replace(one, star=replace(one.star, cell=b.star.cell))
+    two = vary(one, function, rng)
+    while answer(two, function) != answer(b, function):
+        two = vary(one, function, rng)
+    return one, two
+
+
+def _cleared(scene: Scene, cell: int, rng: np.random.Generator) -> Scene:
+    """`scene` with whatever stands in `cell` moved to a free one."""
+    taken = {t.cell for t in (*scene.objects, scene.star, scene.heart, scene.face)}
+    free = int(next(c for c in rng.permutation(COLUMNS * ROWS) if int(c) not in taken | {cell}))
+
+    def moved(thing: Thing) -> Thing:
+        return replace(thing, cell=free) if thing.cell == cell else thing
+
+    objects = tuple(map(moved, scene.objects))
+    return replace(scene, objects=objects, heart=moved(scene.heart), face=moved(scene.face))
 
 
 # --- drawing -----------------------------------------------------------------------------------
