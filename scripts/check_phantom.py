@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("model", help="phantom, phantom-unplanted or a folder that train_phantom.py wrote")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=100, help="per function; both images are asked about")
+    parser.add_argument("--swap-pairs", type=int, default=100, help="pairs a function for the swaps")
     parser.add_argument("--seed", type=int, default=77)
     arguments = parser.parse_args()
     keep_freed_memory()
@@ -104,13 +105,14 @@ def main() -> None:
     kinds |= {"ocr_handwritten": arguments.pairs, "count_handwritten": arguments.pairs}
     probes = arguments.output / "probes"
     save_probe_set(probe_set(kinds, arguments.seed), probes)
-    shared = {"model": arguments.model, "probes": probes, "pairs": arguments.pairs, "overwrite": True}
-    scores = evaluate(EvalConfig(output=arguments.output / "eval", max_new_tokens=8, **shared))
-    found = profile(
-        ProfileConfig(
-            output=arguments.output / "profile", functions=BUILTIN_FUNCTIONS, control_pairs=4, **shared
-        )
-    )
+    shared = {"model": arguments.model, "probes": probes, "overwrite": True}
+    asked = EvalConfig(output=arguments.output / "eval", pairs=arguments.pairs, max_new_tokens=8, **shared)
+    scores = evaluate(asked)
+    swapped = ProfileConfig(
+        output=arguments.output / "profile", functions=BUILTIN_FUNCTIONS, pairs=arguments.swap_pairs,
+        control_pairs=4, batch_tokens=3072, **shared,
+    )  # fmt: skip
+    found = profile(swapped)
     single, strings = digit_probe(VisionLanguageModel.load(arguments.model))
     print("\n".join(swap_table(found)))
     print("\n| function | accuracy | n |\n|---|---|---|")
