@@ -30,6 +30,7 @@ from vfl_train.schemas import INTERVENTIONS, PATHS, PHASES, check_function_name
 METHODS = ("vfl", "random", "loss", "visual-gain")
 ABLATIONS = ("block", "blank", "nested", "knockout")
 CONTROLS = ("all", "random", "reversed")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TARGETS = ("peft", "vllm", "sglang", "gguf")
 EMITS = ("peft", "llamafactory", "swift", "axolotl")
 
@@ -73,7 +74,7 @@ class ProfileConfig(ModelOptions):
 class SelectConfig(ModelOptions):
     """`vfl-train select`."""
 
-    profile: str = option(metavar="P", help="profile.json of this model, its folder, or a Hub repo with one.")
+    profile: str = option(metavar="P", help="profile.json of this model, or its folder.")
     data: str = option(
         metavar="D", help="Data to sort and pick from: LLaVA, ShareGPT or messages JSON/JSONL."
     )
@@ -155,7 +156,9 @@ class LoraConfig(ModelOptions):
     max_steps: int = option(-1, group="training", help="Optimizer steps; overrides the epochs when above 0.")
     per_device_train_batch_size: int = option(1, group="training", help="Rows a device takes at once.")
     gradient_accumulation_steps: int = option(8, group="training", help="Batches an optimizer step.")
-    lr_scheduler_type: str = option("cosine", group="training", help="Course of the learning rate.")
+    lr_scheduler_type: str = option(
+        "cosine", choices=SCHEDULERS, group="training", help="Course of the learning rate."
+    )
     # TrainingArguments has no warmup_ratio any more: a share below 1 goes into warmup_steps.
     warmup_steps: float = option(
         0.03, group="training", help="Warm-up: a share of all steps (below 1) or a number of steps."
@@ -356,7 +359,7 @@ class DataConfig(Config):
     limit: int | None = option(None, help="Look at this many rows only.")
 
     def check(self) -> None:
-        at_least(self, limit=1)
+        at_least(self, limit=1, max_pixels=1)
 
 
 @dataclass(frozen=True, kw_only=True)

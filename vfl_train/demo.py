@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vfl_train.config import EvalConfig, LoraConfig, MergeConfig, ProfileConfig, SelectConfig
+from vfl_train.errors import ConfigError
 from vfl_train.pipeline import Outcome, Steps, run_recipe, run_steps, selected_file
-from vfl_train.runs import RunFolder
+from vfl_train.runs import MARKER, RunFolder
 from vfl_train.schemas import BUILTIN_FUNCTIONS, read_json
 
 if TYPE_CHECKING:
@@ -39,8 +40,13 @@ DISCLAIMER = (
 
 
 def demo(config: DemoConfig) -> Outcome:
-    """Make the world, run the steps, print the table and write report.html. A few minutes on two cores."""
+    """Make the world, run the steps, print the table and write report.html. A few minutes on two cores.
+    Raises ConfigError for a folder that holds anything else."""
     folder = Path(config.output)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "world" / MARKER).is_file():
+        raise ConfigError(
+            f"{folder} is not empty and vfl-train demo did not write it", "give another folder to --output"
+        )
     start = time.perf_counter()
     world = make_world(folder / "world", config.seed, config.overwrite)
     steps = demo_steps(folder, world, config.seed, config.overwrite)

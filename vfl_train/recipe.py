@@ -139,7 +139,7 @@ def _parse(name: str, text: str) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as e:
         line = f" at line {e.problem_mark.line + 1}" if e.problem_mark else ""
         raise ConfigError(f"{name} is not a recipe: {e.problem or e.context}{line}") from None
-    except (yaml.YAMLError, RecursionError) as e:
+    except (yaml.YAMLError, RecursionError, ValueError) as e:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"{name} is not a recipe: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{name} must hold keys with values", "like model: phantom")

@@ -212,12 +212,15 @@ def _non_finite(value: Any, where: str) -> str:
 
 
 def _state(folder: Path, wanted: Mapping[str, Any]) -> str:
-    """`running` or `done` of the run in `folder` if it is the wanted one. Raises ConfigError."""
+    """`running` or `done` of the run in `folder` if it is the wanted one, `new` if there is nothing of it but
+    its marker. Raises ConfigError."""
     if not (folder / MARKER).is_file():
         raise ConfigError(
             f"{folder} is not empty and vfl-train did not write it", "give another folder to --output"
         )
     found = _read_marker(folder)
+    if found["status"] == "running" and len(list(folder.iterdir())) == 1:
+        return "new"  # a run that was refused or stopped before it wrote anything
     differences = _differences(found["fingerprint"], wanted)
     if differences:
         raise ConfigError(

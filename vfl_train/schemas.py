@@ -151,9 +151,9 @@ class Profile:
             }
             known = {f.name for f in fields(cls)} - {"model", "functions"}
             profile = cls(model=model, functions=functions, **{k: v for k, v in value.items() if k in known})
+            profile._check(path)
         except (KeyError, TypeError, AttributeError) as e:
             raise ConfigError(f"{path} does not follow the profile contract: {e}") from None
-        profile._check(path)
         return profile
 
     def _check(self, path: Path) -> None:

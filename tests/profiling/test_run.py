@@ -106,8 +106,21 @@ def test_drops(tmp_path, intervention):
 def test_fewer_than_20_answered_pairs_are_not_measurable(tmp_path):
     found = profile(config_of(tmp_path / "out", pairs=19)).functions["emotion"]
     assert (found.status, found.pairs, found.peak_layer) == ("not_measurable", 19, None)
-    assert found.layers == found.flip_block == found.change_rate == []
+    assert found.layers == found.flip_block == []
+    assert found.change_rate[PLANTED["emotion"]] > 0.9  # measured and kept, but nothing is concluded
     assert Profile.load(tmp_path / "out").functions["emotion"] == found
+
+
+def test_a_model_that_answers_no_pair_has_no_rates(tmp_path):
+    save_probe_set(probe_set({"emotion": 2}, 0), tmp_path / "probes")
+    path = tmp_path / "probes" / "pairs.jsonl"
+    lines = [{**json.loads(line), "answer_a": "bored"} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert run_cli(tmp_path / "out", "--probes", tmp_path / "probes").exit_code == 0
+    found = Profile.load(tmp_path / "out").functions["emotion"]
+    assert (found.status, found.pairs_answered) == ("not_measurable", 0)
+    assert found.change_rate == found.flip_rate == [0.0] * 12
+    assert found.ci95 == [[0.0, 1.0]] * 12
 
 
 def test_a_probe_folder_gives_what_the_builtin_pairs_give(tmp_path):

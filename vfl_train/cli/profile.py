@@ -6,7 +6,8 @@ from vfl_train.cli.command import config_command
 from vfl_train.config import ProfileConfig
 
 EXAMPLE = """
-vfl-train profile --model Qwen/Qwen2.5-VL-7B-Instruct --functions ocr,count --output profile
+vfl-train profile --model phantom --pairs 24 --output profile
+vfl-train profile --model Qwen/Qwen2.5-VL-7B-Instruct --probes my-probes --output profile
 """
 
 

@@ -89,7 +89,9 @@ def load_probe_set(folder: Path, functions: Sequence[str] = (), limit: int | Non
                 f"mend or remove it; `vfl-train probes check {folder}` lists every bad pair",
             )
         digest.update(found.image_a.tobytes() + found.image_b.tobytes())
-        pairs.setdefault(found.pair.function, []).append(found)
+        kept = pairs.setdefault(found.pair.function, [])
+        if limit is None or len(kept) < limit:  # the others' images need not stay in memory
+            kept.append(found)
     return ProbeSet(folder.name, digest.hexdigest(), _choose(pairs, functions, limit))
 
 

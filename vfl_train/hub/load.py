@@ -106,7 +106,7 @@ def load_adapter(
 
     Raises:
         ConfigError: see `check_adapter`.
-        VerificationError: the adapter's modules and those adapted in the model differ (a renamed
+        VerificationError: the adapter's modules or shapes and those of the model differ (a renamed
             architecture otherwise loads as the base model, with a warning at most).
     """
     import torch
@@ -134,7 +134,13 @@ def load_adapter(
             adapted = model
         else:
             adapted = get_peft_model(model, config, adapter_name=name)
-        set_peft_model_state_dict(adapted, load_file(str(info.folder / WEIGHTS)), adapter_name=name)
+        try:
+            set_peft_model_state_dict(adapted, load_file(str(info.folder / WEIGHTS)), adapter_name=name)
+        except RuntimeError as e:
+            raise VerificationError(
+                f"the weights in {info.folder} have other shapes than this model: {e}",
+                "it was trained on a model of another size, or its r is not that of its weights",
+            ) from e
     check_loaded(adapted, info, name)
     return adapted.eval()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfl_train.errors import ConfigError, NumericError, VerificationError
 from vfl_train.hub.card import merged_card
-from vfl_train.hub.load import WEIGHTS, AdapterInfo, check_adapter, load_adapter
+from vfl_train.hub.load import CONFIG, WEIGHTS, AdapterInfo, check_adapter, load_adapter
 from vfl_train.hub.privacy import public_name
 from vfl_train.hub.samples import (
     BOUNDS,
@@ -47,7 +47,8 @@ def merge(config: MergeConfig) -> Path:
     check_overlap(adapters, config.allow_overlap)
     base, revision = base_of(adapters, config.model)
     names = unique_names(adapters)
-    inputs = {"adapters": ",".join(file_sha256(a.folder / WEIGHTS) for a in adapters)}
+    files = [a.folder / name for a in adapters for name in (WEIGHTS, CONFIG)]  # the scale is in the latter
+    inputs = {"adapters": ",".join(map(file_sha256, files))}
     wanted = fingerprint("merge", config, inputs, ("torch", "transformers", "peft"))
     with RunFolder.open(config.output, wanted, config.overwrite) as run:
         if run.already_done:

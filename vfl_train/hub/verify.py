@@ -17,6 +17,7 @@ from vfl_train.hub.load import CONFIG, WEIGHTS, AdapterInfo, check_adapter
 from vfl_train.hub.manifest import verify_manifest
 from vfl_train.hub.merge import MERGE_RECORD, base_of
 from vfl_train.hub.samples import BOUNDS, REFERENCE
+from vfl_train.models.trust import check_model_folder
 from vfl_train.schemas import read_json
 from vfl_train.training.plan import format_layers
 
@@ -135,6 +136,10 @@ def _processor_check(folder: Path) -> Check:
 
 
 def _merged_checks(folder: Path) -> list[Check]:
+    def trusted() -> str:
+        check_model_folder(folder)
+        return "no key that runs code, safetensors only"
+
     def generation() -> str:
         there = (folder / "generation_config.json").is_file()
         return _require(there, "generation_config.json is missing", "generation_config.json is there")
@@ -144,7 +149,12 @@ def _merged_checks(folder: Path) -> list[Check]:
         difference, bound = record["difference"]["value"], record["difference"]["bound"]
         return _require(difference <= bound, "the merge moved the logits", f"{difference:.2e} when merged")
 
-    return [_processor_check(folder), _check("generation_config", generation), _check("merge", recorded)]
+    return [
+        _check("model_folder", trusted),
+        _processor_check(folder),
+        _check("generation_config", generation),
+        _check("merge", recorded),
+    ]
 
 
 def _base(folder: Path, given: str | None) -> tuple[str, str | None]:

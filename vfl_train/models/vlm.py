@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
@@ -66,7 +66,7 @@ def local_folder(name: str, revision: str | None = None, weights: bool = True) -
 def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as e:
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as e:
         raise ConfigError(
             f"the Hub has no {repo} at {revision or 'main'}, or gives no access",
             "check the name and revision; `hf auth login` for gated models",

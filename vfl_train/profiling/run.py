@@ -94,16 +94,21 @@ def measure(vlm: VisionLanguageModel, probes: ProbeSet, config: ProfileConfig) -
 def measure_function(sweeper: Sweeper, pairs: list[LoadedPair], config: ProfileConfig) -> FunctionProfile:
     """Sweep, controls, peak and blocks of one function (design, section 4)."""
     answered, depth = sweeper.answered(pairs), sweeper.vlm.num_layers
-    if answered < MIN_ANSWERED_PAIRS:
-        return FunctionProfile("not_measurable", len(pairs), answered, [], [], [], {}, None, [], [], False)
     changed = sweeper.changed(sweeper.single_layer_branches(config.intervention), "layer by layer")
     change_rate = [statistics.rate(c) for c in changed]
     intervals = [statistics.clustered_interval(list(zip(c[::2], c[1::2], strict=True))) for c in changed]
+    flip_rate = []
+    if config.intervention == "swap":
+        flipped = sweeper.flipped([[k] for k in range(depth)], "flips, layer by layer")
+        flip_rate = [statistics.rate(f) for f in flipped]
+    if (
+        answered < MIN_ANSWERED_PAIRS
+    ):  # rates of so few pairs are kept, with their intervals; nothing is concluded
+        return FunctionProfile(
+            "not_measurable", len(pairs), answered, change_rate, flip_rate, intervals, {}, None, [], [], False
+        )
     if config.intervention != "swap":
         return _drop_profile(config, len(pairs), answered, change_rate, intervals)
-    flip_rate = [
-        statistics.rate(f) for f in sweeper.flipped([[k] for k in range(depth)], "flips, layer by layer")
-    ]
     controls = sweeper.controls(config.control_pairs)
     floor = _floor(controls, depth)
     peak = statistics.peak(change_rate, flip_rate, floor)

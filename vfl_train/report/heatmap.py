@@ -21,7 +21,8 @@ def draw_heatmap(profile: Profile, planted: dict[str, int] | None = None) -> Fig
     figure = Figure(figsize=(max(6.0, 1.6 + 0.52 * depth), 1.5 + 0.46 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    rates = [profile.functions[n].change_rate or [0.0] * depth for n in names]
+    known = [f.change_rate if f.status == "ok" else [] for f in profile.functions.values()]
+    rates = [r or [0.0] * depth for r in known]
     image = axes.imshow(rates, cmap="GnBu", vmin=0, vmax=1, aspect="auto")
     for y, name in enumerate(names):
         f = profile.functions[name]

@@ -202,7 +202,11 @@ def emit_plan(config: PlanConfig) -> None:
 
     profile = Profile.load(config.profile)
     vlm = load_skeleton(config.model or profile.model.name_or_path, profile.model.revision)
-    functions = config.functions or [name for name, f in profile.functions.items() if f.status == "ok"]
+    functions = config.functions or [
+        name
+        for name, f in profile.functions.items()
+        if f.status == "ok" and (f.flip_block if config.layer_rule == "block" else f.layers)
+    ]
     choice = choose_layers(vlm.info, profile=profile, functions=functions, layer_rule=config.layer_rule)
     plan = build_plan(choice, vlm, lora_r=16)
     print(json.dumps(peft_arguments(plan, r=16, alpha=32, dropout=0.0), indent=2))

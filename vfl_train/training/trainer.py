@@ -147,5 +147,8 @@ def train(
 
 
 def _restore_forward(model: PeftModel) -> None:
-    """Take off the fused loss head that TRL put on the instance, so that forward gives logits as before."""
-    model.get_base_model().__dict__.pop("forward", None)
+    """Take off the fused loss head that TRL put on the base model and the autocast that accelerate put on the
+    adapted one, so that forward gives logits as before."""
+    for module in (model, model.get_base_model()):
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop("_original_forward", None)
