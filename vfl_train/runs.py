@@ -32,7 +32,8 @@ MANIFEST = "manifest.json"
 _TEMPORARY = ".vfl-tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NOT_OF_THE_RESULT = ("output", "overwrite", "dry_run")  # settings that do not change what is computed
+# Settings that change how and where something is computed, not what.
+_NOT_OF_THE_RESULT = ("output", "overwrite", "dry_run", "batch_tokens", "batch_size", "device")
 
 
 class RunFolder:

@@ -129,7 +129,6 @@ def test_env_shows_no_paths(monkeypatch) -> None:
         "knockout --data d --output o",
         "migrate adapter --output o",
         "plan --profile p --functions ocr --emit swift",
-        "select --profile p --data d --output o --method loss",
     ],
 )
 def test_what_is_not_there_refuses_in_one_sentence(args: str) -> None:

@@ -46,6 +46,7 @@ def test_good_pairs_are_grouped_by_function(folder):
         ({**GOOD, "image_b": "../b.png"}, "image"),
         ({**GOOD, "image_b": "http://example.org/b.png"}, "image"),
         ({**GOOD, "question": ""}, "question"),
+        ({**GOOD, "answer_b": " X."}, "same answer"),
         ({**GOOD, "function": "OCR"}, "function name"),
         ({**GOOD, "function": "language"}, "function name"),
         ({**GOOD, "match": "fuzzy"}, "match"),

@@ -101,6 +101,10 @@ def as_vfl_error(error: Exception) -> VflError:
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         extra = _EXTRAS[error.name]
         return ConfigError(f"this needs the package {error.name}", f"pip install 'vfl-train[{extra}]'")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return VflError(
+            "the device ran out of memory", "lower --batch-tokens or the batch size, or --max-pixels"
+        )
     return VflError(f"{type(error).__name__}: {error}", "run again with --debug for the traceback")
 
 

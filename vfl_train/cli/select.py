@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vfl_train.cli.command import config_command, refuse
+from vfl_train.cli.command import config_command
 from vfl_train.config import SelectConfig
 
 EXAMPLE = """
@@ -19,8 +19,6 @@ def select(config: SelectConfig) -> None:
     Writes the selected rows in the format and order of the input, scores.parquet with every row's numbers,
     quarantine.jsonl with the rows that cannot be used and why, and report.html.
     """
-    if config.method != "vfl":
-        refuse(f"--method {config.method}", "--method vfl works")
     from vfl_train.data_select.run import select as call
 
     call(config)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vfl_train.data.images import open_image
 from vfl_train.data.readers import read_dataset
+from vfl_train.data.rows import ImageRef, Message, Row, user_message
 from vfl_train.errors import ConfigError, DataError, VerificationError
 from vfl_train.functions.matching import matches
 from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
@@ -29,18 +30,23 @@ from vfl_train.schemas import FunctionScore, read_json, wilson
 if TYPE_CHECKING:
     from vfl_train.config import EvalConfig
 
-CHUNK = 256  # prompts encoded at a time: bounds the pixels held in memory
+CHUNK = 64  # prompts encoded at a time: bounds the pixels held in memory
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask: its images, the expected answer and how to judge it."""
+    """One thing to ask: the turns before the answer, their images (opened when they are needed), the
+    expected answer and how to judge it."""
 
     function: str
-    images: tuple[Image.Image, ...]
-    question: str
+    messages: tuple[Message, ...]
+    images: tuple[Image.Image | ImageRef, ...]
     answer: str
     match: str = "exact"
+
+    def opened(self) -> list[Image.Image]:
+        """The images as RGB pictures."""
+        return [open_image(i) if isinstance(i, ImageRef) else i for i in self.images]
 
 
 def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
@@ -122,16 +128,16 @@ def probe_questions(probes: ProbeSet) -> Iterator[Question]:
     """Both images of every pair."""
     for function, pairs in probes.pairs.items():
         for p in pairs:
-            yield Question(function, (p.image_a,), p.pair.question, p.pair.answer_a, p.pair.match)
-            yield Question(function, (p.image_b,), p.pair.question, p.pair.answer_b, p.pair.match)
+            asked = (user_message(p.pair.question),)
+            yield Question(function, asked, (p.image_a,), p.pair.answer_a, p.pair.match)
+            yield Question(function, asked, (p.image_b,), p.pair.answer_b, p.pair.match)
 
 
-def _row_questions(row: Any) -> Iterator[Question]:
+def _row_questions(row: Row) -> Iterator[Question]:
     """Single-turn rows, grouped by their `source`. Rows of several turns are not scored."""
-    turns = [m for m in row.messages if m.role != "system"]
-    if [m.role for m in turns] == ["user", "assistant"]:
-        images = tuple(open_image(ref) for ref in row.images)
-        yield Question(row.source, images, turns[0].text.strip(), turns[1].text.strip())
+    if [m.role for m in row.messages if m.role != "system"] == ["user", "assistant"]:
+        *before, reply = row.messages
+        yield Question(row.source, tuple(before), row.images, reply.text.strip())
 
 
 @contextmanager
@@ -153,7 +159,7 @@ def score(
     after, before = [], []
     for start in track(range(0, len(questions), CHUNK), label="answering"):
         part = questions[start : start + CHUNK]
-        prompts = [vlm.prompt(q.question, q.images) for q in part]
+        prompts = [vlm.prompt_of(q.messages, q.opened()) for q in part]
         after += _right(vlm, part, prompts, max_new_tokens, batch_size)
         if with_base:
             with _base_of(vlm):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vfl_train.data.images import RejectedImage, open_image, resolve_image
+from vfl_train.data.images import open_image, resolve_image
 from vfl_train.errors import ConfigError, DataError
+from vfl_train.functions.matching import matches
 from vfl_train.schemas import BUILTIN_FUNCTIONS, ProbePair, check_function_name
 
 PAIRS_FILE = "pairs.jsonl"
@@ -64,13 +65,13 @@ def scan(folder: Path) -> Iterator[LoadedPair | BadPair]:
             yield BadPair(number, "not valid UTF-8")
         except (json.JSONDecodeError, RecursionError) as e:
             yield BadPair(number, f"not valid JSON: {e}")
-        except DataError as e:
+        except DataError as e:  # a wrong key, or an image that is refused
             yield BadPair(number, e.message)
-        except RejectedImage as e:
-            yield BadPair(number, str(e))
         else:
             if a.size != b.size:
                 yield BadPair(number, f"image_a is {a.size} and image_b {b.size} pixels: sizes must be equal")
+            elif matches(pair.answer_b, pair.answer_a, pair.match):
+                yield BadPair(number, "both images have the same answer: a swap could change nothing")
             else:
                 yield LoadedPair(number, pair, a, b)
 

@@ -42,6 +42,7 @@ def merge(config: MergeConfig) -> Path:
         VerificationError: the merged model does not answer as base plus adapters do.
     """
     from vfl_train.models import VisionLanguageModel
+    from vfl_train.models.digest import model_digest
 
     adapters = [check_adapter(path) for path in config.adapters]
     check_overlap(adapters, config.allow_overlap)
@@ -49,12 +50,13 @@ def merge(config: MergeConfig) -> Path:
     names = unique_names(adapters)
     files = [a.folder / name for a in adapters for name in (WEIGHTS, CONFIG)]  # the scale is in the latter
     inputs = {"adapters": ",".join(map(file_sha256, files))}
+    vlm = VisionLanguageModel.load(base, revision=revision, dtype=config.dtype, device=config.device)
+    inputs["base"] = model_digest(vlm)
     wanted = fingerprint("merge", config, inputs, ("torch", "transformers", "peft"))
     with RunFolder.open(config.output, wanted, config.overwrite) as run:
         if run.already_done:
             log.info("%s: already done", config.output)
             return run.folder
-        vlm = VisionLanguageModel.load(base, revision=revision, dtype=config.dtype, device=config.device)
         record = merge_into(vlm, adapters, names)
         _save(vlm, run.folder)
         run.write_json(MERGE_RECORD, {"base": public_name(base), "revision": revision, **record["merge"]})
@@ -143,6 +145,13 @@ def merge_into(vlm: VisionLanguageModel, adapters: list[AdapterInfo], names: lis
     except ValueError as e:
         raise NumericError(f"merging gave weights that are not finite: {e}") from e
     difference, bound = relative_difference(next_logits(vlm.model, inputs), before), BOUNDS[vlm.dtype]
+    # An adapter's own effect can be smaller than the rounding of 16 bits: then nothing would be merged.
+    if effect > 0 and difference > max(effect / 2, BOUNDS["float32"]):
+        raise VerificationError(
+            f"rounding ate the adapter: its effect on the logits is {effect:.2e}, the merge is off by "
+            f"{difference:.2e}",
+            "merge in float32",
+        )
     if not difference <= bound:
         raise VerificationError(
             f"the merged model answers differently: logits moved by {difference:.2e}, bound {bound:.0e}",

@@ -158,11 +158,11 @@ def _merged_checks(folder: Path) -> list[Check]:
 
 
 def _base(folder: Path, given: str | None) -> tuple[str, str | None]:
-    """(path or id, revision) of an adapter's base. Raises ConfigError."""
-    from vfl_train.models import resolve_name
+    """(checked folder, revision to load it at) of an adapter's base. Raises ConfigError, HubError."""
+    from vfl_train.models import local_folder
 
     name, revision = base_of([check_adapter(folder)], given)
-    return resolve_name(name)[0], revision
+    return str(local_folder(name, revision)), None
 
 
 def _reload_checks(folder: Path, base: str | None, revision: str | None, samples: int) -> list[Check]:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vfl_train.data.collator import Encoder
-from vfl_train.data.rows import user_message
+from vfl_train.data.rows import Message, user_message
 from vfl_train.errors import ConfigError, HubError
 from vfl_train.interventions.readout import Prompt
 from vfl_train.models.families import Family, family_of
@@ -244,7 +244,11 @@ class VisionLanguageModel:
     def prompt(self, question: str, images: Sequence[Any]) -> Prompt:
         """`images` (PIL) followed by `question` as one user turn with the generation prompt.
         Raises ConfigError if the images cannot be found among the tokens."""
-        encoded = self.encoder.encode_prompt([user_message(question, len(images))], list(images))
+        return self.prompt_of([user_message(question, len(images))], images)
+
+    def prompt_of(self, messages: Sequence[Message], images: Sequence[Any]) -> Prompt:
+        """A conversation that waits for an answer, as training would encode it. Errors as `prompt`."""
+        encoded = self.encoder.encode_prompt(messages, list(images))
         return self.located(encoded.inputs, len(images))
 
     def located(self, inputs: dict[str, torch.Tensor], images: int) -> Prompt:

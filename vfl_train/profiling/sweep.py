@@ -21,11 +21,12 @@ MAX_ANSWER_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One host image of an answered pair, its donor, and both of the model's own outputs."""
+    """One host image of an answered pair, its donor, both right answers and the model's own outputs."""
 
     pair: int
     question: str
     answer: str
+    other_answer: str
     match: str
     host: Prompt
     donor: Prompt
@@ -33,8 +34,8 @@ class Direction:
     other: Generated
 
 
-# A branch row and the output it is compared with.
-Trial = tuple[Row, Generated, str]
+# A branch row that forces an output, the right answer that this output gives, and how it is judged.
+Trial = tuple[Row, str, str]
 
 
 @dataclass
@@ -64,14 +65,15 @@ class Sweeper:
             if right:
                 pa, pb = prompts[2 * i : 2 * i + 2]
                 self.directions += [
-                    Direction(i, p.question, p.answer_a, p.match, pa, pb, a, b),
-                    Direction(i, p.question, p.answer_b, p.match, pb, pa, b, a),
+                    Direction(i, p.question, p.answer_a, p.answer_b, p.match, pa, pb, a, b),
+                    Direction(i, p.question, p.answer_b, p.answer_a, p.match, pb, pa, b, a),
                 ]
         return len(self.directions) // 2
 
     def same(self, trials: Sequence[Trial], label: str) -> list[bool]:
         """Whether each row's output is the expected one. It is if forcing the expected output holds; where
-        not, and the answer is judged by something looser than equality, the output is generated."""
+        not, and the answer is judged by something looser than equality, the output is generated and judged
+        as the pair's own outputs were."""
         rows = [row for row, _, _ in trials]
         self.rows_run += len(rows)
         found = read_out(self.vlm, rows, self.path, self.batch_tokens)
@@ -82,13 +84,13 @@ class Sweeper:
         )
         for i, tokens in zip(loose, said, strict=True):
             _, expected, match = trials[i]
-            out[i] = matches(self.vlm.decode(tokens), expected.text, match)
+            out[i] = matches(self.vlm.decode(tokens), expected, match)
         return out
 
     def changed(self, branches: Sequence[Branch], label: str) -> list[list[bool]]:
         """[branch][direction]: the output is not the host's own under the branch (donor `donor`)."""
         trials = [
-            (Row(d.host, d.own.tokens, branch, _donors(branch, d.donor)), d.own, d.match)
+            (Row(d.host, d.own.tokens, branch, _donors(branch, d.donor)), d.answer, d.match)
             for d in self.directions
             for branch in branches
         ]
@@ -99,7 +101,7 @@ class Sweeper:
         """[layer set][direction]: the output is the donor's own when its image is read at these layers."""
         branches = [swap(layers, "donor", self.phase) for layers in layer_sets]
         trials = [
-            (Row(d.host, d.other.tokens, branch, {"donor": d.donor}), d.other, d.match)
+            (Row(d.host, d.other.tokens, branch, {"donor": d.donor}), d.other_answer, d.match)
             for d in self.directions
             for branch in branches
         ]
@@ -133,7 +135,7 @@ class Sweeper:
             key = NOISE if name == "noise" else "donor"
             branches = [swap([k], key, self.phase) for k in range(depth)]
             trials = [
-                (Row(d.host, d.own.tokens, branch, _donors(branch, p)), d.own, d.match)
+                (Row(d.host, d.own.tokens, branch, _donors(branch, p)), d.answer, d.match)
                 for d, p in donors
                 for branch in branches
             ]

@@ -36,19 +36,24 @@ def train_lora(config: LoraConfig) -> Path:
         DataError: no usable rows.
         NumericError: a non-finite number, or a planned module that got no gradient.
     """
+    from vfl_train.models.digest import model_digest
+
     _refuse_unbuilt(config)
     profile = Profile.load(config.profile) if config.profile else None
     dataset = _read_rows(config)
     if config.dry_run:
         _dry_run(config, profile, len(dataset.rows))
         return Path(config.output)
-    inputs = {"data": dataset.sha256, "profile": _profile_sha256(config.profile)}
+    vlm, plan = _load_and_plan(config, profile)
+    inputs = {
+        "data": dataset.sha256, "profile": _profile_sha256(config.profile), "model": model_digest(vlm),
+    }  # fmt: skip
     wanted = fingerprint("lora", config, inputs, _PACKAGES)
     with RunFolder.open(config.output, wanted, config.overwrite) as run:
         if run.already_done:
             log.info("%s: already done", run.folder)
         else:
-            _train_and_save(config, profile, dataset, run)
+            _train_and_save(config, profile, dataset, vlm, plan, run)
     return run.folder
 
 
@@ -107,18 +112,30 @@ def _dry_run(config: LoraConfig, profile: Profile | None, rows: int) -> None:
     print_plan(_make_plan(config, profile, vlm), config, rows)
 
 
-def _train_and_save(config: LoraConfig, profile: Profile | None, dataset: Dataset, run: RunFolder) -> None:
-    from vfl_train.data.collator import Collator
-    from vfl_train.data.readers import write_quarantine
+def _load_and_plan(config: LoraConfig, profile: Profile | None) -> tuple[VisionLanguageModel, LayerPlan]:
+    """Everything that may be refused, before the output folder is touched."""
     from vfl_train.models import VisionLanguageModel
-    from vfl_train.training.adapter import apply_lora
-    from vfl_train.training.trainer import train
 
     vlm = VisionLanguageModel.load(
         config.model, revision=config.revision, dtype=config.dtype, device=config.device,
         max_pixels=config.max_pixels,
     )  # fmt: skip
-    plan = _make_plan(config, profile, vlm)
+    return vlm, _make_plan(config, profile, vlm)
+
+
+def _train_and_save(
+    config: LoraConfig,
+    profile: Profile | None,
+    dataset: Dataset,
+    vlm: VisionLanguageModel,
+    plan: LayerPlan,
+    run: RunFolder,
+) -> None:
+    from vfl_train.data.collator import Collator
+    from vfl_train.data.readers import write_quarantine
+    from vfl_train.training.adapter import apply_lora
+    from vfl_train.training.trainer import train
+
     run.write_json("plan.json", _public(plan.to_json()))
     if dataset.rejected:
         write_quarantine(dataset.rejected, run.path("quarantine.jsonl"))
