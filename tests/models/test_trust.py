@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # allow: makes the bait that must never be read
 import shutil
 import sys
 from pathlib import Path
