@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from vfl_train.data_select import choose
-from vfl_train.data_select.scoring import Scorer, Scores
 
 from vfl_train.data.images import open_image
 from vfl_train.data.readers import Dataset, read_dataset, write_quarantine, write_selected
 from vfl_train.data.rows import Reason, Rejected, Row
+from vfl_train.data_select import choose
+from vfl_train.data_select.scoring import Scorer, Scores
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
@@ -260,15 +260,17 @@ def examples(scored: Sequence[Scores], result: dict[str, Any], best: bool) -> li
     for i in order:
         s, bucket = scored[i], result["bucket"][i]
         value = "" if bucket == LANGUAGE else f", {s.deltas[bucket]:+.2f} nats"
-        shown.append((_first_image(s.row), *_first_turn(s.row), f"{bucket}{value}"))
+        shown.append((first_image(s.row), *first_turn(s.row), f"{bucket}{value}"))
     return tiles(shown)
 
 
-def _first_image(row: Row) -> Any:
+def first_image(row: Row) -> Any:
+    """The first picture of a row, None for a text-only one."""
     return open_image(row.images[0]) if row.images else None
 
 
-def _first_turn(row: Row) -> tuple[str, str]:
+def first_turn(row: Row) -> tuple[str, str]:
+    """Question and answer that stand for a row in a report."""
     question = next((m.text for m in row.messages if m.role == "user"), "")
     answer = next((m.text for m in row.messages if m.role == "assistant"), "")
     return question.strip(), answer.strip()

@@ -23,11 +23,11 @@ from vfl_train.cpu import keep_freed_memory
 from vfl_train.evaluation.run import evaluate
 from vfl_train.functions.probes import save_probe_set
 from vfl_train.models import VisionLanguageModel
+from vfl_train.options import format_layers
 from vfl_train.phantom import world
 from vfl_train.phantom.architecture import PLANTED
 from vfl_train.phantom.datasets import probe_set
 from vfl_train.profiling.run import profile
-from vfl_train.report.pages import show_layers
 from vfl_train.schemas import BUILTIN_FUNCTIONS, Profile
 
 
@@ -84,7 +84,7 @@ def swap_table(found: Profile) -> list[str]:
         away = max((r for i, r in enumerate(f.change_rate) if abs(i - k) >= 2), default=0.0)
         flips = f.flip_rate[k] if f.flip_rate else float("nan")
         peak = "-" if f.peak_layer is None else f"{f.peak_layer} ({f.change_rate[f.peak_layer]:.1%})"
-        block = show_layers(f.flip_block)
+        block = format_layers(f.flip_block)
         lines.append(
             f"| {name} | {k} | {f.pairs_answered}/{f.pairs} | {peak} | {flips:.1%} | {away:.1%} | {block} |"
         )

@@ -1,8 +1,22 @@
-"""What all tests share: those marked gpu are skipped where there is no CUDA device."""
+"""What all tests share: a base model folder; tests marked gpu are skipped where there is no CUDA device."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untrained phantom as a plain transformers folder."""
+    from vfl_train.phantom.architecture import build_model, build_processor
+
+    folder = tmp_path_factory.mktemp("base")
+    processor = build_processor()
+    build_model(processor, seed=0).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

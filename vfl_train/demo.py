@@ -197,8 +197,8 @@ def _thumbnails(outcome: Outcome) -> tuple[list[dict[str, str]], list[dict[str, 
     """Picked (best first) and left-out rows, from scores.parquet and the pool."""
     import pyarrow.parquet as pq
 
-    from vfl_train.data.images import open_image
     from vfl_train.data.readers import read_dataset
+    from vfl_train.data_select.run import first_image, first_turn
     from vfl_train.report.pages import tiles
 
     select = outcome.steps.select
@@ -209,8 +209,7 @@ def _thumbnails(outcome: Outcome) -> tuple[list[dict[str, str]], list[dict[str, 
 
     def show_row(t: dict[str, Any]) -> tuple[Any, str, str, str]:
         row = rows[t["row"]]
-        image = open_image(row.images[0]) if row.images else None
-        return image, row.messages[0].text.strip(), row.messages[1].text.strip(), t["bucket"]
+        return first_image(row), *first_turn(row), t["bucket"]
 
     return tiles([show_row(t) for t in chosen]), tiles(
         [show_row(t) for t in out[:: max(1, len(out) // 12)][:12]]

@@ -235,6 +235,17 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+def format_layers(layers: Iterable[int]) -> str:
+    """Layers as `parse_layers` reads them: [7, 2, 3, 4] -> "2-4,7"; "-" for none."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "-"
+
+
 def parse_weights(text: str, option_name: str) -> dict[str, float]:
     """Function name -> non-negative number of `ocr=0.5,count=0.5`. Raises ConfigError."""
     weights: dict[str, float] = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from vfl_train.data_select import choose
 
+from vfl_train.data_select import choose
 from vfl_train.schemas import LANGUAGE
 
 # --- buckets --------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from vfl_train.data_select import run as select_run
-from vfl_train.data_select.run import select
 
 from vfl_train.cli import main
 from vfl_train.config import SelectConfig
+from vfl_train.data_select import run as select_run
+from vfl_train.data_select.run import select
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.phantom import world
 from vfl_train.phantom.architecture import LAYERS, PLANTED, WIDTH

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import FAMILIES, LAYERS, tiny_vlm
-from vfl_train.data_select import choose, scoring
-from vfl_train.data_select.scoring import Scorer
 
 from vfl_train.data.images import open_image
 from vfl_train.data.readers import read_dataset
+from vfl_train.data_select import choose, scoring
+from vfl_train.data_select.scoring import Scorer
 from vfl_train.errors import NumericError
 from vfl_train.interventions import Intervention, drop, read_out, swap
 from vfl_train.interventions import Row as BranchRow

@@ -9,17 +9,6 @@ import pytest
 import torch
 
 from vfl_train.config import LoraConfig
-from vfl_train.phantom.architecture import build_model, build_processor
-
-
-@pytest.fixture(scope="session")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untrained phantom as a plain transformers folder."""
-    folder = tmp_path_factory.mktemp("base")
-    processor = build_processor()
-    build_model(processor, seed=0).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -49,18 +49,18 @@ def test_tree_is_clean(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "line"),
     [
-        ("pickle", "import pickle"),
-        ("pickle", "from dill import loads"),
-        ("unpickling weights", "torch.load(f, weights_only = False)"),
-        ("remote code", "load(name, trust_remote_code=True)"),
-        ("grey images", "ImageFile.LOAD_TRUNCATED_IMAGES = True"),
-        ("hidden failure", "except Exception: pass"),
-        ("hidden failure", "except Exception:\n    pass"),
-        ("hidden failure", "except:\n    pass"),
-        ("hidden failure", "except Exception as e:\n    ..."),
-        ("shell", "run(command, shell=True)"),
-        ("YAML that builds objects", "yaml.load(text)"),
-        ("evaluated text", "value = eval(text)"),
+        ("pickle", "import pickle"),  # allow: bait
+        ("pickle", "from dill import loads"),  # allow: bait
+        ("unpickling weights", "torch.load(f, weights_only = False)"),  # allow: bait
+        ("remote code", "load(name, trust_remote_code=True)"),  # allow: bait
+        ("grey images", "ImageFile.LOAD_TRUNCATED_IMAGES = True"),  # allow: bait
+        ("hidden failure", "except Exception: pass"),  # allow: bait
+        ("hidden failure", "except Exception:\n    pass"),  # allow: bait
+        ("hidden failure", "except:\n    pass"),  # allow: bait
+        ("hidden failure", "except Exception as e:\n    ..."),  # allow: bait
+        ("shell", "run(command, shell=True)"),  # allow: bait
+        ("YAML that builds objects", "yaml.load(text)"),  # allow: bait
+        ("evaluated text", "value = eval(text)"),  # allow: bait
     ],
 )
 def test_scan_finds(what: str, line: str) -> None:

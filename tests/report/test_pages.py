@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from vfl_train.functions.probes import LoadedPair, ProbeSet
+from vfl_train.options import format_layers
 from vfl_train.report.heatmap import heatmap_bytes, save_heatmap
-from vfl_train.report.pages import function_rows, page, profile_page, show_layers, thumbnail, tiles
+from vfl_train.report.pages import function_rows, page, profile_page, thumbnail, tiles
 from vfl_train.schemas import FunctionProfile, ModelInfo, ProbePair, Profile
 
 EVIL = '<script>alert(1)</script><img src="http://evil.example/x.png" onerror=alert(1)>"\'&{{ 7 * 7 }}'
@@ -136,8 +137,8 @@ def test_a_model_name_is_no_formula():
 
 
 def test_ranges_of_layers():
-    assert show_layers([7, 2, 3, 4]) == "2-4,7"
-    assert show_layers([]) == "-"
+    assert format_layers([7, 2, 3, 4]) == "2-4,7"
+    assert format_layers([]) == "-"
 
 
 def test_long_texts_and_large_images_are_cut():

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfl_train.errors import ConfigError
+from vfl_train.options import format_layers
 from vfl_train.schemas import FunctionProfile, ModelInfo, Profile
 from vfl_train.training.controls import apply_control
-from vfl_train.training.plan import build_plan, choose_layers, format_layers, parse_layers
+from vfl_train.training.plan import build_plan, choose_layers, parse_layers
 
 MODEL = ModelInfo("phantom", None, "qwen2_5_vl", 12, 160)
 

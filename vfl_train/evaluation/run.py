@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,12 +139,6 @@ def _row_questions(row: Row) -> Iterator[Question]:
         yield Question(row.source, tuple(before), row.images, reply.text.strip())
 
 
-@contextmanager
-def _base_of(vlm: VisionLanguageModel) -> Iterator[None]:
-    with vlm.model.disable_adapter():
-        yield
-
-
 def score(
     vlm: VisionLanguageModel,
     questions: Iterable[Question],
@@ -162,7 +155,7 @@ def score(
         prompts = [vlm.prompt_of(q.messages, q.opened()) for q in part]
         after += _right(vlm, part, prompts, max_new_tokens, batch_size)
         if with_base:
-            with _base_of(vlm):
+            with vlm.model.disable_adapter():
                 before += _right(vlm, part, prompts, max_new_tokens, batch_size)
     scores = {}
     for name in dict.fromkeys(q.function for q in questions):

@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from vfl_train.hub.privacy import public_name
-from vfl_train.training.plan import LayerPlan, format_layers
+from vfl_train.options import format_layers
+from vfl_train.training.plan import LayerPlan
 
 _TAGS = ["lora", "sft", "trl", "vision-function-layers", "vfl-train"]
 _LICENCE = (

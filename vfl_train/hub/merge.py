@@ -19,8 +19,8 @@ from vfl_train.hub.samples import (
     relative_difference,
     sample_inputs,
 )
+from vfl_train.options import format_layers
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
-from vfl_train.training.plan import format_layers
 
 if TYPE_CHECKING:
     from vfl_train.config import MergeConfig

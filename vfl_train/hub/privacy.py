@@ -11,7 +11,7 @@ _SECRETS = re.compile(
     r"hf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b"
     r"|(?i:api_?key|password|secret)['\"]?\s*[:=]\s*['\"][^'\"\s]{16,}"
 )
-_HOMES = re.compile(r"(?:/home/|/Users/|/root/|[A-Z]:\\Users\\)[^\s\"']+")
+_HOMES = re.compile(r"(?:/(?:home|Users|root)/|[A-Z]:\\Users\\)[^\s\"']+")
 
 
 def public_name(name: str | None) -> str | None:

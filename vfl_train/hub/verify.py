@@ -18,8 +18,8 @@ from vfl_train.hub.manifest import verify_manifest
 from vfl_train.hub.merge import MERGE_RECORD, base_of
 from vfl_train.hub.samples import BOUNDS, REFERENCE
 from vfl_train.models.trust import check_model_folder
+from vfl_train.options import format_layers
 from vfl_train.schemas import read_json
-from vfl_train.training.plan import format_layers
 
 if TYPE_CHECKING:
     from vfl_train.config import VerifyConfig

@@ -14,10 +14,11 @@ from vfl_train.errors import DataError
 from vfl_train.functions.probes import LoadedPair, ProbeSet, builtin_probe_set, load_probe_set
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
+from vfl_train.options import format_layers
 from vfl_train.profiling import statistics
 from vfl_train.profiling.sweep import Sweeper
 from vfl_train.report.heatmap import save_heatmap
-from vfl_train.report.pages import profile_page, show_layers
+from vfl_train.report.pages import profile_page
 from vfl_train.runs import RunFolder, fingerprint
 from vfl_train.schemas import MIN_ANSWERED_PAIRS, FunctionProfile, Profile
 
@@ -85,7 +86,8 @@ def measure(vlm: VisionLanguageModel, probes: ProbeSet, config: ProfileConfig) -
         dtype=vlm.dtype, seed=config.seed, versions=versions,
         probe_set={"name": probes.name, "sha256": probes.sha256}, functions=functions,
         settings={
-            "pairs": config.pairs, "control_pairs": config.control_pairs, "adapter": config.adapter,
+            "pairs": config.pairs, "control_pairs": config.control_pairs,
+            "adapter": config.adapter and Path(config.adapter).name,
             "peak_share": statistics.PEAK_SHARE, "flip_share": statistics.FLIP_SHARE,
         },
     )  # fmt: skip
@@ -101,9 +103,7 @@ def measure_function(sweeper: Sweeper, pairs: list[LoadedPair], config: ProfileC
     if config.intervention == "swap":
         flipped = sweeper.flipped([[k] for k in range(depth)], "flips, layer by layer")
         flip_rate = [statistics.rate(f) for f in flipped]
-    if (
-        answered < MIN_ANSWERED_PAIRS
-    ):  # rates of so few pairs are kept, with their intervals; nothing is concluded
+    if answered < MIN_ANSWERED_PAIRS:  # the rates are kept, with their intervals; nothing is concluded
         return FunctionProfile(
             "not_measurable", len(pairs), answered, change_rate, flip_rate, intervals, {}, None, [], [], False
         )
@@ -171,6 +171,6 @@ def _print(found: Profile) -> None:
         status = "" if f.status == "ok" else f" ({f.status})"
         table.add_row(
             name + status, f"{f.pairs_answered}/{f.pairs}", peak, at_peak,
-            show_layers(f.layers), show_layers(f.flip_block),
+            format_layers(f.layers), format_layers(f.flip_block),
         )  # fmt: skip
     Console().print(table)

@@ -119,8 +119,8 @@ class Sweeper:
 
     def controls(self, pairs: int) -> dict[str, list[float]]:
         """Change rate per layer of swaps that should change nothing (`self`: with itself; `nuisance`: with
-        another image of the same answer) or that are no fair floor (`unrelated`: another question's answer
-        to be sure different; `noise`), over the first `pairs` answered pairs. Empty where no direction has
+        another image of the same answer) or that are no fair floor (`unrelated`: another pair's image with
+        another answer; `noise`), over the first `pairs` answered pairs. Empty where no direction has
         such a donor."""
         some = self.directions[: 2 * pairs]
         chosen: dict[str, Callable[[Direction], Prompt | None]] = {

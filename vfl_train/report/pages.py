@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import jinja2
 from PIL import Image
 
 from vfl_train import __version__
+from vfl_train.options import format_layers
 from vfl_train.report.heatmap import heatmap_bytes
 from vfl_train.schemas import FunctionProfile, Profile
 
@@ -46,17 +47,6 @@ def thumbnail(image: Image.Image) -> str:
     return data_uri(buffer.getvalue())
 
 
-def show_layers(layers: Iterable[int]) -> str:
-    """Layers as inclusive ranges: [2, 3, 4, 7] -> "2-4,7"; "-" for none."""
-    parts: list[list[int]] = []
-    for k in sorted(layers):
-        if parts and parts[-1][1] == k - 1:
-            parts[-1][1] = k
-        else:
-            parts.append([k, k])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts) or "-"
-
-
 def percent(share: float) -> str:
     """0.873 -> "87.3 %"."""
     return f"{100 * share:.1f} %"
@@ -70,7 +60,7 @@ def function_rows(profile: Profile) -> list[dict[str, str]]:
 def _function_row(name: str, f: FunctionProfile) -> dict[str, str]:
     row = dict.fromkeys(("peak", "changed", "flipped", "self", "nuisance", "unrelated", "noise"), "-")
     row |= {"name": name, "answered": f"{f.pairs_answered}/{f.pairs}"}
-    row |= {"layers": show_layers(f.layers), "block": show_layers(f.flip_block)}
+    row |= {"layers": format_layers(f.layers), "block": format_layers(f.flip_block)}
     row |= {kind: percent(max(rates)) for kind, rates in f.controls.items() if rates}
     if f.peak_layer is not None:
         low, high = f.ci95[f.peak_layer]

@@ -82,17 +82,6 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return layers
 
 
-def format_layers(layers: Sequence[int]) -> str:
-    """Sorted layers as ranges: (20, 21, 22, 25) -> "20-22,25"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
 def choose_layers(
     model: ModelInfo,
     *,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from vfl_train.training.plan import LayerPlan, format_layers
+from vfl_train.options import format_layers
+from vfl_train.training.plan import LayerPlan
 
 if TYPE_CHECKING:
     from rich.table import Table

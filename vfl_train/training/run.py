@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vfl_train.errors import ConfigError, DataError
+from vfl_train.options import format_layers
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
 from vfl_train.schemas import Profile
-from vfl_train.training.plan import LayerPlan, build_plan, choose_layers, format_layers
+from vfl_train.training.plan import LayerPlan, build_plan, choose_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
