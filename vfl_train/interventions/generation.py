@@ -30,8 +30,8 @@ def generate_under(
     for _ in range(max_new_tokens):
         if not active:
             break
-        step = [replace(rows[i], answer=said[i], targets=None) for i in active]
+        step = [replace(rows[i], answer=said[i], targets=()) for i in active]
         for i, found in zip(active, read_out(vlm, step, path, batch_tokens), strict=True):
-            said[i] = (*said[i], found.next_token)
+            said[i] = (*said[i], int(found.next_token or 0))
         active = [i for i in active if said[i][-1] not in vlm.eos_token_ids]
     return said

@@ -24,7 +24,7 @@ from transformers.masking_utils import eager_mask
 
 from vfl_train.errors import ConfigError
 from vfl_train.interventions.intervention import NOISE, Intervention
-from vfl_train.interventions.readout import Prompt, ReadOut, Row
+from vfl_train.interventions.readout import Cost, Prompt, ReadOut, Row
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.batching import stack
 
@@ -128,7 +128,8 @@ def _silence(rows: list[int]):
 # --- batches -----------------------------------------------------------------------------------
 
 
-def _check(vlm: VisionLanguageModel, row: Row) -> None:
+def check_row(vlm: VisionLanguageModel, row: Row) -> None:
+    """Raises ConfigError for layers and images that do not exist and for swaps of unequal grids."""
     for item in row.branch:
         item.check(vlm.num_layers)
         for span in item.spans or ():
@@ -234,35 +235,42 @@ def _merge(edits: list[Edit]) -> list[Edit]:
 
 @torch.no_grad()
 def read_out_reference(
-    vlm: VisionLanguageModel, rows: Sequence[Row], batch_tokens: int = 8192
+    vlm: VisionLanguageModel, rows: Sequence[Row], batch_tokens: int = 8192, cost: Cost | None = None
 ) -> Iterator[ReadOut]:
     """Read-outs of `rows` in order; see `readout.read_out`. Raises ConfigError for layers or images that
     do not exist and for swaps between unequal grids."""
     for row in rows:
-        _check(vlm, row)
+        check_row(vlm, row)
     for batch, donors in _batches(rows, batch_tokens):
         inputs = stack(vlm, [(r.prompt, r.answer) for r in batch] + [(p, ()) for p in donors])
         plan = _plan(vlm, batch, donors, inputs["input_ids"].shape[1])
-        wanted = sorted(
-            {t - 1 for r in batch for t in r.positions()}
-            | {r.prompt.length + len(r.answer) - 1 for r in batch}
-        )
+        wanted = sorted({position for r in batch for position in r.read_positions()})
         keep = torch.tensor(wanted, device=vlm.device)
         with _installed(vlm, plan):
             logits = vlm.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        if cost is not None:
+            tokens = sum(r.prompt.length + len(r.answer) for r in batch) + sum(p.length for p in donors)
+            cost.rows += len(batch)
+            cost.token_layers += tokens * (vlm.num_layers - 1)
+            cost.last_layer_tokens += tokens
+            cost.head_tokens += len(wanted) * len(logits)
         column = {position: i for i, position in enumerate(wanted)}
-        for i, row in enumerate(batch):
-            yield _read(logits[i], inputs["input_ids"][i], row, column)
+        columns = [[column[p] for p in row.read_positions()] for row in batch]
+        yield from read_logits(logits, columns, batch)
 
 
-def _read(logits: torch.Tensor, ids: torch.Tensor, row: Row, column: dict[int, int]) -> ReadOut:
-    """logits [kept positions, V] and ids [T] of one row."""
-    last = int(logits[column[row.prompt.length + len(row.answer) - 1]].argmax())
-    targets = row.positions()
-    if not targets:
-        return ReadOut((), (), last)
-    scores = logits[[column[t - 1] for t in targets]].float()
-    wanted = ids[list(targets)]
-    logprobs = scores.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-    greedy = scores.argmax(-1) == wanted
-    return ReadOut(tuple(logprobs.tolist()), tuple(greedy.tolist()), last)
+def read_logits(
+    logits: torch.Tensor, columns: Sequence[Sequence[int]], rows: Sequence[Row]
+) -> Iterator[ReadOut]:
+    """Read-outs from logits [R, positions, V]; `columns`: where each row's read positions stand."""
+    for row_logits, at, row in zip(logits, columns, rows, strict=False):
+        scores = row_logits[list(at)].float()
+        predicted = scores.argmax(-1).tolist()
+        tokens = row.target_tokens()
+        if not tokens:
+            yield ReadOut((), (), (), predicted[0])
+            continue
+        index = torch.tensor(tokens, device=scores.device)[:, None]
+        logprobs = scores.log_softmax(-1).gather(1, index)[:, 0].tolist()
+        greedy = tuple(p == t for p, t in zip(predicted, tokens, strict=True))
+        yield ReadOut(tuple(logprobs), tuple(predicted), greedy)
