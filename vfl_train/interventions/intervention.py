@@ -19,6 +19,7 @@ from vfl_train.errors import ConfigError
 
 KINDS = ("drop", "swap", "knockout")
 MODULES = ("attention", "mlp", "both")
+DIFFERENT_BOUNDS = "interventions of one branch bind different queries at the same layer"
 NOISE = "noise"  # the donor name of a swap with random K and V of the host's norms
 
 

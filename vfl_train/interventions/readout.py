@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 from vfl_train.errors import ConfigError
@@ -102,6 +102,12 @@ class Cost:
     last_layer_tokens: int = 0
     head_tokens: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Cost) -> None:
+        """Count `other` in."""
+        for item in fields(self):
+            total = getattr(self, item.name) + getattr(other, item.name)
+            setattr(self, item.name, total)
 
 
 def read_out(

@@ -12,7 +12,7 @@ models are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from vfl_train.errors import ConfigError
-from vfl_train.interventions.intervention import NOISE, Intervention
+from vfl_train.interventions.intervention import DIFFERENT_BOUNDS, NOISE, Intervention
 from vfl_train.interventions.readout import Cost, Prompt, ReadOut, Row
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.batching import stack
@@ -60,11 +60,18 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def _noise_like(x: torch.Tensor, seed: int) -> torch.Tensor:
+def noise_like(x: torch.Tensor, seed: int) -> torch.Tensor:
     """Gaussian noise with the norm that each token and head of `x` [H, S, D] has."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(x.shape, generator=generator).to(x)
     return noise * (x.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True).clamp_min(1e-6))
+
+
+def check_attention(module: torch.nn.Module, kwargs: dict) -> str | None:
+    """Why an attention with these arguments has no path here, or None."""
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        return f"{type(module).__name__} uses soft-capping or sinks, which no path computes"
+    return None
 
 
 def _reference_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -72,8 +79,8 @@ def _reference_attention(module, query, key, value, attention_mask, scaling=None
     plan = _PLAN.get()
     if plan is None or attention_mask is None:
         raise ConfigError(f"{type(module).__name__} passes no attention mask: no reference path for it")
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ConfigError(f"{type(module).__name__} uses soft-capping or sinks: no reference path for it")
+    if (reason := check_attention(module, kwargs)) is not None:
+        raise ConfigError(reason)
     out = _attend(query, key, value, attention_mask, scaling)
     edits = plan.edits.get(module.layer_idx)
     if edits:
@@ -82,8 +89,8 @@ def _reference_attention(module, query, key, value, attention_mask, scaling=None
         for i, edit in enumerate(edits):
             for (start, stop), donor, (from_start, from_stop) in edit.swapped:
                 if donor is None:
-                    k[i, :, start:stop] = _noise_like(k[i, :, start:stop], start)
-                    v[i, :, start:stop] = _noise_like(v[i, :, start:stop], stop)
+                    k[i, :, start:stop] = noise_like(k[i, :, start:stop], start)
+                    v[i, :, start:stop] = noise_like(v[i, :, start:stop], stop)
                 else:
                     k[i, :, start:stop] = key[donor, :, from_start:from_stop]
                     v[i, :, start:stop] = value[donor, :, from_start:from_stop]
@@ -227,7 +234,7 @@ def _merge(edits: list[Edit]) -> list[Edit]:
         first = merged.setdefault(edit.row, edit)
         if first is not edit:
             if not torch.equal(first.bound, edit.bound):
-                raise ConfigError("interventions of one branch bind different queries at the same layer")
+                raise ConfigError(DIFFERENT_BOUNDS)
             first.dropped += edit.dropped
             first.swapped += edit.swapped
     return list(merged.values())
@@ -260,9 +267,9 @@ def read_out_reference(
 
 
 def read_logits(
-    logits: torch.Tensor, columns: Sequence[Sequence[int]], rows: Sequence[Row]
+    logits: Iterable[torch.Tensor], columns: Sequence[Sequence[int]], rows: Sequence[Row]
 ) -> Iterator[ReadOut]:
-    """Read-outs from logits [R, positions, V]; `columns`: where each row's read positions stand."""
+    """Read-outs from each row's logits [positions, V]; `columns`: where its read positions stand."""
     for row_logits, at, row in zip(logits, columns, rows, strict=False):
         scores = row_logits[list(at)].float()
         predicted = scores.argmax(-1).tolist()
