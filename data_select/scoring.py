@@ -77,12 +77,12 @@ class Scorer:
         try:
             images = [open_image(ref) for ref in row.images]
             encoded = self.vlm.encoder.encode(row.messages, images)
-            prompt = self.vlm.located(encoded.inputs, len(images))
+            prompt = self.vlm.located(encoded.inputs, len(images), encoded.places)
             blank = None
             if self.ablation == "blank" and images:
                 blanks = [Image.new("RGB", image.size, GREY) for image in images]
-                inputs = self.vlm.encoder.encode(row.messages, blanks).inputs
-                blank = self.vlm.located(inputs, len(images))
+                grey = self.vlm.encoder.encode(row.messages, blanks)
+                blank = self.vlm.located(grey.inputs, len(images), grey.places)
         except (RejectedImage, RowError) as e:
             self.rejected.append(Rejected(row.row, row.id, e.code, e.detail, row.line))
             return None

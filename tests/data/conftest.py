@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from processors import llava_processor, qwen_processor
+from processors import (
+    gemma3_processor,
+    internvl_processor,
+    llava_processor,
+    qwen2_processor,
+    qwen3_processor,
+    qwen_processor,
+)
 
 from vfl_train.data.collator import Encoder
 from vfl_train.phantom.architecture import build_processor
@@ -20,6 +27,10 @@ BUILDERS: dict[str, Callable] = {
     "qwen": qwen_processor,
     "trimmed": lambda: qwen_processor(trim_offsets=True),
     "llava": llava_processor,
+    "qwen2": qwen2_processor,
+    "qwen3": qwen3_processor,
+    "internvl": internvl_processor,
+    "gemma3": gemma3_processor,
 }
 
 

@@ -1,4 +1,4 @@
-"""The answer mask, on four kinds of tokenizers and three templates, and batches."""
+"""The answer mask, on five kinds of tokenizers and six templates, and batches."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from vfl_train.data.rows import (
 )
 from vfl_train.errors import DataError
 
-FAMILIES = ("phantom", "qwen", "trimmed", "llava")
-CLOSING = {"phantom": "<|im_end|>", "qwen": "<|im_end|>", "trimmed": "<|im_end|>", "llava": "</s>"}
+FAMILIES = ("phantom", "qwen", "trimmed", "llava", "qwen2", "qwen3", "internvl", "gemma3")
+CLOSING = {**dict.fromkeys(FAMILIES, "<|im_end|>"), "llava": "</s>", "gemma3": "<end_of_turn>"}
 
 ask, answer = user_message, assistant_message
 CONVERSATIONS = {
@@ -77,6 +77,11 @@ def supervised(encoder: Encoder, encoded: Encoded) -> list[str]:
     return [encoder.tokenizer.decode(run, skip_special_tokens=False) for run in runs]
 
 
+def written(family: str, text: str) -> str:
+    """An answer as the family's template and tokenizer write it."""
+    return text.strip().replace("▁", " ") if family == "gemma3" else text
+
+
 def answers_of(messages: list[Message]) -> list[str]:
     return [message.text for message in messages if message.role == "assistant"]
 
@@ -90,13 +95,13 @@ def test_supervised_tokens_are_the_answers(encoders, family, name):
     assert runs == [text.replace(" ", "") + CLOSING[family] for text in answers_of(messages)]
 
 
-@pytest.mark.parametrize("family", ("qwen", "trimmed", "llava"))
+@pytest.mark.parametrize("family", FAMILIES[1:])
 @pytest.mark.parametrize("name", FREE_TEXT)
 def test_free_text_is_supervised_to_the_character(encoders, family, name):
     messages, encoder = FREE_TEXT[name], encoders[family]
     encoded = encoder.encode(messages, images_of(messages))
     for run, text in zip(supervised(encoder, encoded), answers_of(messages), strict=True):
-        wanted = text + CLOSING[family]
+        wanted = written(family, text) + CLOSING[family]
         if (
             family == "llava" or text[0].isspace()
         ):  # one token may hold the header's last space and the first here
@@ -109,13 +114,13 @@ WORDS = st.text(st.characters(exclude_categories=["Cs", "Co"]), min_size=1, max_
 
 @settings(max_examples=150, deadline=None)
 @given(first=WORDS, question=WORDS, second=WORDS)
-@pytest.mark.parametrize("family", ["qwen", "trimmed"])
+@pytest.mark.parametrize("family", ["qwen", "trimmed", "qwen3", "internvl", "gemma3"])
 def test_any_text_is_supervised_to_the_character(encoders, family, first, question, second):
     texts = [unicodedata.normalize("NFC", text) for text in (first, second)]  # what the tokenizer does first
     messages = [ask("what ?", images=0), answer(texts[0]), ask(question, images=0), answer(texts[1])]
     runs = supervised(encoders[family], encoders[family].encode(messages, []))
     for run, text in zip(runs, texts, strict=True):
-        wanted = text + CLOSING[family]
+        wanted = written(family, text) + CLOSING[family]
         assert run == wanted or (text[0].isspace() and run.lstrip() == wanted.lstrip())
 
 
@@ -247,9 +252,10 @@ def test_batch_pads_right_and_labels_answers(encoders, family):
     pixels = [s.inputs["pixel_values"] for s in samples if "pixel_values" in s.inputs]
     assert torch.equal(batch["pixel_values"], torch.cat(pixels))
     assert "pixel_values" not in samples[1].inputs
-    if family != "llava":
-        assert batch["mm_token_type_ids"].shape == (3, length)
-        assert batch["image_grid_thw"].shape == (3, 3)
+    per_token = {"llava": [], "internvl": [], "gemma3": ["token_type_ids"]}.get(family, ["mm_token_type_ids"])
+    assert all(batch[key].shape == (3, length) for key in per_token)
+    assert ("image_grid_thw" in batch) == (per_token == ["mm_token_type_ids"])
+    assert "image_grid_thw" not in batch or batch["image_grid_thw"].shape == (3, 3)
 
 
 def test_batch_of_text_only_has_no_pixels(encoders):

@@ -173,7 +173,7 @@ def test_rows_that_cannot_be_encoded_are_quarantined(vlm, pool, monkeypatch):
     scored = scorer.score(rows)
     codes = {r.row: str(r.code) for r in scorer.rejected}
     assert len(scored) + len(codes) == len(rows) == 4
-    assert codes.keys() == {2, 3} | ({1} if vlm.model_type == "qwen2_5_vl" else set())
+    assert codes.keys() == {2, 3} | ({1} if vlm.processor.image_token != "<image>" else set())
     assert all(r.detail and r.line == r.row + 1 for r in scorer.rejected)
     if 1 in codes:
         assert codes[1] == "placeholder_in_text"
@@ -181,6 +181,7 @@ def test_rows_that_cannot_be_encoded_are_quarantined(vlm, pool, monkeypatch):
 
 def test_images_that_cannot_be_told_apart_are_quarantined(pool, monkeypatch):
     vlm = tiny_vlm("qwen2_5_vl")
+    monkeypatch.setattr("vfl_train.data.collator.places_of", lambda outputs, images: ())
     monkeypatch.setattr("vfl_train.models.vlm._runs", lambda mask: [(1, 2)])
     scorer = Scorer(vlm, FUNCTIONS)
     scored = scorer.score(read_dataset(pool).rows)

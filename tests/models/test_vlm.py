@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import huggingface_hub.constants
 import pytest
+import templates
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, LAYERS
+from processors import gemma3_processor
+from tiny_models import FAMILIES, LAYERS, gemma3, tiny_vlm
 
 from vfl_train.errors import ConfigError, HubError
 from vfl_train.models import VisionLanguageModel, load_processor, resolve_name
@@ -43,13 +45,22 @@ def test_facts_of_a_loaded_folder(vlm, folder_of):
     assert vlm.info.model_type in FAMILIES
 
 
+QWEN = ("<|image_pad|>", "<|endoftext|>", ("<|im_end|>",))
+WORDS = {  # image placeholder, padding, end tokens
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "llava": ("<image>", "<pad>", ("</s>",)),
+    "internvl": ("<IMG_CONTEXT>", "<|endoftext|>", ("<|im_end|>",)),
+    "gemma3": ("<image_soft_token>", "<pad>", ("<eos>", "<end_of_turn>")),
+}
+
+
 def test_ids_are_the_tokenizers(vlm):
-    word = {
-        "qwen2_5_vl": ("<|image_pad|>", "<|endoftext|>", "<|im_end|>"),
-        "llava": ("<image>", "<pad>", "</s>"),
-    }
-    image, pad, end = vlm.processor.tokenizer.convert_tokens_to_ids(list(word[vlm.model_type]))
-    assert (vlm.image_token_id, vlm.pad_token_id, vlm.eos_token_ids) == (image, pad, (end,))
+    image, pad, ends = WORDS[vlm.model_type]
+    ids = vlm.processor.tokenizer.convert_tokens_to_ids
+    assert (vlm.image_token_id, vlm.pad_token_id) == (ids(image), ids(pad))
+    assert vlm.eos_token_ids == tuple(map(ids, ends))
 
 
 def test_every_end_token_of_the_generation_config_counts(folder_of):
@@ -75,13 +86,14 @@ def test_linear_names_never_name_the_vision_tower(vlm):
 
 
 def test_spans_hold_exactly_the_image_tokens(vlm):
+    tokens = 20 if vlm.model_type == "internvl" else 16  # 64 x 64 pixels: four tiles and a thumbnail
     for count in range(3):
         prompt = vlm.prompt(QUESTION, [picture(i) for i in range(count)])
         ids = prompt.inputs["input_ids"][0].tolist()
         inside = [i for start, stop in prompt.spans for i in range(start, stop)]
         assert inside == [i for i, token in enumerate(ids) if token == vlm.image_token_id]
         assert len(prompt.spans) == len(prompt.grids) == count
-        assert [stop - start for start, stop in prompt.spans] == [16] * count  # 64 x 64 and 32 x 32 pixels
+        assert [stop - start for start, stop in prompt.spans] == [tokens] * count
 
 
 def test_images_that_cannot_be_told_apart_are_refused(vlm):
@@ -90,9 +102,49 @@ def test_images_that_cannot_be_told_apart_are_refused(vlm):
         vlm.located(inputs, 2)
 
 
-def test_grids_tell_sizes_apart(qwen):
-    wide, high = (qwen.prompt(QUESTION, [Image.new("RGB", size)]) for size in ((64, 32), (32, 64)))
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_grids_tell_sizes_and_layouts_apart(family):
+    vlm = tiny_vlm(family)
+    wide, high = (vlm.prompt(QUESTION, [Image.new("RGB", size)]) for size in ((64, 32), (32, 64)))
     assert wide.spans == high.spans and wide.grids != high.grids
+    small, large = (vlm.prompt(QUESTION, [picture(0, size)]) for size in (32, 64))
+    assert small.grids != large.grids
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_sizes_do_not_matter_where_all_images_are_resized_alike(family):
+    vlm = tiny_vlm(family)
+    wide, square = (vlm.prompt(QUESTION, [Image.new("RGB", size)]) for size in ((64, 32), (32, 32)))
+    assert wide.grids == square.grids
+
+
+def test_an_image_in_pieces_is_one_span():
+    """Pan and scan: the image and two crops of it, with words between."""
+    model, _ = gemma3()
+    options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}
+    processor = gemma3_processor(**options)
+    processor.images_kwargs = {**processor.images_kwargs, **options}  # as a checkpoint's configuration does
+    vlm = VisionLanguageModel(model, processor, "tiny-gemma3")
+    prompt = vlm.prompt(QUESTION, [Image.new("RGB", (64, 32)), picture(0)])
+    (start, stop), second = prompt.spans
+    ids = prompt.inputs["input_ids"][0]
+    assert int((ids[start:stop] == vlm.image_token_id).sum()) == 3 * 16 < stop - start
+    assert second[1] - second[0] == 16 and second[0] > stop
+    assert prompt.grids[0] != prompt.grids[1]
+    assert prompt.grids[0] == vlm.prompt(QUESTION, [Image.new("RGB", (64, 32), "red")]).grids[0]
+
+
+def test_images_side_by_side_are_told_apart(qwen):
+    """Without a token between them, only the encoder knows where one ends."""
+    qwen.processor.chat_template = templates.QWEN.replace("<|vision_start|>", "").replace(
+        "<|vision_end|>", ""
+    )
+    try:
+        prompt = qwen.prompt(QUESTION, [picture(0), picture(1, 32)])
+    finally:
+        qwen.processor.chat_template = templates.QWEN
+    (first, middle), (again, last) = prompt.spans
+    assert (middle, middle - first, last - again) == (again, 16, 4)
 
 
 # --- generation -----------------------------------------------------------------------------------

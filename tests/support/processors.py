@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import templates
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+from transformers import (
+    CLIPImageProcessor,
+    Gemma3Processor,
+    Idefics3Processor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 CORPUS = ["USER: ASSISTANT: what text is written here ? three cats, 12 dogs.\n system user assistant\n"] * 4
-
-# The templates of Qwen/Qwen2.5-VL-7B-Instruct (without videos) and llava-hf/llava-1.5-7b-hf.
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
-    "{% endif %}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 QWEN_SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
@@ -37,6 +34,10 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # what sentencepiece falls back to
+
+
+# --- tokenizers -------------------------------------------------------------------------------------
 
 
 def byte_level_core(trim_offsets: bool) -> Tokenizer:
@@ -63,7 +64,7 @@ def metaspace_core() -> Tokenizer:
     core.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
     )
-    special = ["<unk>", "<s>", "</s>", "<image>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = ["<unk>", "<s>", "</s>", "<image>", "<pad>", *BYTES]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
     core.train_from_iterator(CORPUS, trainer)
     core.post_processor = processors.TemplateProcessing(
@@ -72,24 +73,63 @@ def metaspace_core() -> Tokenizer:
     return core
 
 
-def qwen_processor(trim_offsets: bool = False, template: str = QWEN_TEMPLATE) -> Qwen2_5_VLProcessor:
-    tokenizer = PreTrainedTokenizerFast(
+def gemma_core() -> Tokenizer:
+    """BPE with visible spaces and no prefix space, newlines in tokens of their own, as Gemma's."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", *BYTES]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    core.train_from_iterator(CORPUS, trainer)
+    core.add_tokens(["\n" * n for n in range(1, 6)])  # runs of newlines are in Gemma's vocabulary
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
+    )
+    return core
+
+
+def qwen_tokenizer(trim_offsets: bool = False, **special: Any) -> PreTrainedTokenizerFast:
+    """Qwen2's tokenizer; `special` as PreTrainedTokenizerFast takes it."""
+    special.setdefault("extra_special_tokens", list(QWEN_SPECIAL))
+    return PreTrainedTokenizerFast(
         tokenizer_object=byte_level_core(trim_offsets),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        extra_special_tokens=list(QWEN_SPECIAL),
+        **special,
     )
+
+
+# --- processors -------------------------------------------------------------------------------------
+
+
+def qwen_processor(
+    trim_offsets: bool = False,
+    template: str | None = templates.QWEN,
+    processor: type = Qwen2_5_VLProcessor,
+    video: type = Qwen2VLVideoProcessor,
+) -> Any:
+    """Images of 32 x 32 to 64 x 64 pixels; 16 x 16 pixels a token."""
     geometry = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    return Qwen2_5_VLProcessor(
+    return processor(
         image_processor=Qwen2VLImageProcessorPil(size=pixels, **geometry),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=pixels, **geometry),
+        tokenizer=qwen_tokenizer(trim_offsets),
+        video_processor=video(size=pixels, **geometry),
         chat_template=template,
     )
 
 
+def qwen2_processor() -> Qwen2VLProcessor:
+    return qwen_processor(processor=Qwen2VLProcessor)
+
+
+def qwen3_processor() -> Qwen3VLProcessor:
+    return qwen_processor(template=templates.QWEN3, processor=Qwen3VLProcessor, video=Qwen3VLVideoProcessor)
+
+
 def llava_processor() -> LlavaProcessor:
+    """16 tokens an image, whatever its size."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=metaspace_core(),
         unk_token="<unk>",
@@ -105,5 +145,65 @@ def llava_processor() -> LlavaProcessor:
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
+        chat_template=templates.LLAVA,
     )
+
+
+def internvl_processor() -> InternVLProcessor:
+    """Tiles of 32 x 32 pixels, at most four and a thumbnail; 4 tokens a tile."""
+    tokenizer = qwen_tokenizer(
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+            "chat_start_token": "<|im_start|>",
+        },
+    )
+    size = {"height": 32, "width": 32}
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=templates.INTERNVL,
+    )
+
+
+def gemma3_processor(**image_options: Any) -> Gemma3Processor:
+    """16 tokens an image, whatever its size; `image_options` as the image processor takes them."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=gemma_core(),
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        extra_special_tokens={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "turn_start_token": "<start_of_turn>",
+            "turn_end_token": "<end_of_turn>",
+        },
+    )
+    size = {"height": 64, "width": 64}
+    return Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size=size, **image_options),
+        tokenizer=tokenizer,
+        image_seq_length=16,
+        chat_template=templates.GEMMA3,
+    )
+
+
+def idefics3_processor() -> Idefics3Processor:
+    """Images above 32 x 32 pixels in tiles, each with a text token for its place, and a thumbnail."""
+    places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_core(trim_offsets=True),
+        bos_token="<|begin_of_text|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|reserved_special_token_0|>",
+        extra_special_tokens=["<fake_token_around_image>", "<image>", "<global-img>", *places],
+    )
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=templates.IDEFICS3)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from jinja2 import TemplateError
 from PIL.Image import Image as PilImage
 
 from vfl_train.data.images import open_image
+from vfl_train.data.placeholders import Place, expansion, placeholders_of, places_of, replacements_of
 from vfl_train.data.rows import Image, Message, Reason, Row, RowError
 from vfl_train.errors import DataError
 
@@ -44,10 +45,11 @@ class EncodingError(RowError):
 class Encoded:
     """One sample, ready for the model. `inputs` are the processor's tensors (input_ids and attention_mask
     [1, T], pixel values in the processor's own shape), `answer_mask` bool [T] is true on the tokens
-    the model must produce."""
+    the model must produce. `places`: one for each image, or () where the processor does not say."""
 
     inputs: dict[str, torch.Tensor]
     answer_mask: torch.Tensor
+    places: tuple[Place, ...] = ()
 
     @property
     def n_answer_tokens(self) -> int:
@@ -88,7 +90,7 @@ class Encoder:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self._closing = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
-        self.placeholder_ids, self._placeholders = _placeholders(processor)
+        self.placeholder_ids, self._placeholders = placeholders_of(processor)
 
     def encode(
         self, messages: Sequence[Message], images: Sequence[PilImage], add_generation_prompt: bool = False
@@ -110,7 +112,7 @@ class Encoder:
         mask = self._answer_mask(outputs, text, answers)
         inputs = {key: outputs[key] for key in _TOKEN_KEYS}
         inputs.update((key, value) for key, value in outputs.items() if key not in _BOOKKEEPING)
-        return Encoded(inputs, mask)
+        return Encoded(inputs, mask, places_of(outputs, images))
 
     def encode_prompt(self, messages: Sequence[Message], images: Sequence[PilImage]) -> Encoded:
         """Encode a conversation that waits for an answer: its last turn is the user's and the header of
@@ -211,7 +213,7 @@ class Encoder:
         if not answers:
             return mask
         starts, ends = outputs["offset_mapping"][0].T.tolist()  # characters of the expanded text, per token
-        shift = _expansion(outputs.get("text_replacement_offsets"))
+        shift = expansion(replacements_of(outputs))
         for answer in answers:
             start, end = shift(answer.start), shift(answer.end)
             last = self._closing_token(ids, starts, ends, answer.closing, end)
@@ -293,7 +295,7 @@ def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
             empty = having[0].inputs[key][:, :0]
             batch[key] = _padded([sample.inputs.get(key, empty) for sample in samples], length, 0)
         else:
-            batch[key] = _joined([sample.inputs[key] for sample in having])
+            batch[key] = joined([sample.inputs[key] for sample in having])
     return batch
 
 
@@ -312,7 +314,7 @@ def _padded(values: list[torch.Tensor], length: int, fill: int) -> torch.Tensor:
     return out
 
 
-def _joined(values: list) -> Any:
+def joined(values: list) -> Any:
     """Tensors joined along axis 0, padded with zeros in the others; lists joined."""
     if not all(isinstance(value, torch.Tensor) for value in values):
         return [item for value in values for item in value]
@@ -376,21 +378,3 @@ def _shared_start(one: str, other: str) -> str:
     """The longest text that both begin with."""
     length = min(len(one), len(other))
     return one[: next((i for i in range(length) if one[i] != other[i]), length)]
-
-
-def _expansion(replacements: list[list[dict]] | None) -> Callable[[int], int]:
-    """Maps a character of the rendered text to the text in which placeholders are expanded."""
-    found = replacements[0] if replacements else []
-    ends = [item["span"][1] for item in found]
-    gained = [0, *(item["new_span"][1] - item["span"][1] for item in found)]
-    return lambda character: character + gained[bisect.bisect_right(ends, character)]
-
-
-def _placeholders(processor: Any) -> tuple[list[int], list[str]]:
-    """The tokens that stand for images, videos or sound in this processor's texts: ids and strings."""
-    tokenizer = processor.tokenizer
-    names = [getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")]
-    ids = list(getattr(processor, "image_token_ids", None) or [])
-    ids += [tokenizer.convert_tokens_to_ids(name) for name in names if name]
-    ids = [i for i in dict.fromkeys(ids) if i is not None and i != tokenizer.unk_token_id]
-    return ids, list(dict.fromkeys([*filter(None, names), *tokenizer.convert_ids_to_tokens(ids)]))

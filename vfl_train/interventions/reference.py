@@ -139,6 +139,8 @@ def check_row(vlm: VisionLanguageModel, row: Row) -> None:
     """Raises ConfigError for layers and images that do not exist and for swaps of unequal grids."""
     for item in row.branch:
         item.check(vlm.num_layers)
+        for layer in item.layers:
+            vlm.attention(layer)
         for span in item.spans or ():
             if not 0 <= span < len(row.prompt.spans):
                 raise ConfigError(f"image {span} is not in this prompt of {len(row.prompt.spans)}")

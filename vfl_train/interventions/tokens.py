@@ -69,7 +69,7 @@ class TokenTensors:
         leaks = seen & (query < start) & (key >= start)
         differs = (query >= start) & (seen != (key <= query))
         if bool(((leaks | differs) & real).any()):
-            raise NotExact("text does not see all before it (an attention window shorter than the prompt?)")
+            raise NotExact("text does not see all before it (a sliding window shorter than the prompt?)")
 
 
 def _map(kwargs: dict[str, Any], cut: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Any]:

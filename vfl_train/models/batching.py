@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vfl_train.data.collator import joined
+
 if TYPE_CHECKING:
     from vfl_train.interventions.readout import Prompt
     from vfl_train.models.vlm import VisionLanguageModel
@@ -16,7 +18,7 @@ def stack(
     vlm: VisionLanguageModel, sequences: Sequence[tuple[Prompt, Sequence[int]]], left: bool = False
 ) -> dict[str, torch.Tensor]:
     """Model inputs of (prompt, answer tokens) sequences: token-shaped tensors [B, T] padded on the right
-    (or left), everything else (pixels, grids) concatenated along its first dimension."""
+    (or left), everything else (pixels, grids) joined along its first dimension."""
     width = max(prompt.length + len(tail) for prompt, tail in sequences)
     parts: dict[str, list[torch.Tensor]] = {}
     for prompt, tail in sequences:
@@ -33,5 +35,5 @@ def stack(
                     row[0, middle : middle + len(tail)] = 1
                 tensor = row
             parts.setdefault(key, []).append(tensor)
-    batch = {key: torch.cat(rows).to(vlm.device) for key, rows in parts.items()}
+    batch = {key: joined(rows).to(vlm.device) for key, rows in parts.items()}
     return {k: v.to(vlm.model.dtype) if v.is_floating_point() else v for k, v in batch.items()}

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vfl_train.data.collator import Encoder
+from vfl_train.data.placeholders import Place
 from vfl_train.data.rows import Message, user_message
 from vfl_train.errors import ConfigError, HubError
 from vfl_train.interventions.readout import Prompt
@@ -204,6 +205,18 @@ class VisionLanguageModel:
         """Full module name of each decoder layer."""
         return [f"{self.decoder_name}.{i}" for i in range(self.num_layers)]
 
+    def attention(self, layer: int) -> nn.Module:
+        """The self-attention of a decoder layer. Raises ConfigError for a layer without one: what it reads
+        of the image, if anything, is not among the keys of the tokens (cross-attention, linear attention)."""
+        found = getattr(self.layers[layer], self.family.attention, None)
+        if not isinstance(found, nn.Module):
+            kind = type(self.layers[layer]).__name__
+            raise ConfigError(
+                f"layer {layer} of this {self.model_type} ({kind}) has no self-attention over the image",
+                "interventions need a model that reads images by self-attention",
+            )
+        return found
+
     def linear_names(self, layer: int) -> list[str]:
         """Full names of the linears that LoRA may adapt in a decoder layer; of a mixture-of-experts layer
         the attention only. Raises ConfigError if the layer has none of the known names."""
@@ -249,22 +262,43 @@ class VisionLanguageModel:
     def prompt_of(self, messages: Sequence[Message], images: Sequence[Any]) -> Prompt:
         """A conversation that waits for an answer, as training would encode it. Errors as `prompt`."""
         encoded = self.encoder.encode_prompt(messages, list(images))
-        return self.located(encoded.inputs, len(images))
+        return self.located(encoded.inputs, len(images), encoded.places)
 
-    def located(self, inputs: dict[str, torch.Tensor], images: int) -> Prompt:
-        """`inputs` of one sample with the token span of each image."""
-        ids = inputs["input_ids"][0]
-        spans = _runs(ids == self.image_token_id)
+    def located(self, inputs: dict[str, torch.Tensor], images: int, places: Sequence[Place] = ()) -> Prompt:
+        """`inputs` of one sample with the token span of each image, from its first to its last placeholder.
+        `places`: where the encoder put the images; without them each run of placeholders is an image.
+        Raises ConfigError if the images cannot be told apart."""
+        is_image = inputs["input_ids"][0] == self.image_token_id
+        spans = _runs(is_image)
+        if places:
+            at = is_image.nonzero()[:, 0]
+            inside = [at[(at >= place.start) & (at < place.stop)].tolist() for place in places]
+            if all(inside) and sum(map(len, inside)) == len(at):
+                spans = [(found[0], found[-1] + 1) for found in inside]
         if len(spans) != images:
             raise ConfigError(
                 f"{images} images but {len(spans)} runs of image tokens in the prompt: "
                 f"a {self.model_type} prompt of this form is not supported yet"
             )
-        grid = inputs.get("image_grid_thw")
-        grids: list[tuple[int, ...]] = [(b - a,) for a, b in spans]
-        if grid is not None:
-            grids = [tuple(row) for row in grid.tolist()]
-        return Prompt(inputs, tuple(spans), tuple(grids))
+        return Prompt(inputs, tuple(spans), tuple(self._grids(inputs, spans, places)))
+
+    def _grids(
+        self, inputs: dict[str, torch.Tensor], spans: Sequence[tuple[int, int]], places: Sequence[Place]
+    ) -> list[tuple[int, ...]]:
+        """What must be equal for two images to be swapped: the processor's grid, else the tiles the family
+        says, else the number of tokens and which of them are not placeholders."""
+        if "image_grid_thw" in inputs:
+            return [tuple(row) for row in inputs["image_grid_thw"].tolist()]
+        ids = inputs["input_ids"][0]
+        grids: list[tuple[int, ...]] = []
+        for start, stop in spans:
+            inside = ids[start:stop]
+            others = (inside != self.image_token_id).nonzero()[:, 0]
+            grids.append((stop - start, *torch.stack([others, inside[others]], 1).flatten().tolist()))
+        if self.family.tiles is not None and places:
+            tiles = [self.family.tiles(self.processor, place.size) for place in places]
+            grids = [(*grid, *tile) for grid, tile in zip(grids, tiles, strict=True)]
+        return grids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Answer text without special tokens."""

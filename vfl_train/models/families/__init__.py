@@ -6,27 +6,19 @@ hold for most of transformers, or is refused in one sentence where they do not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from vfl_train.models.families.family import Family
+from vfl_train.models.families.internvl import INTERNVL
+from vfl_train.models.families.qwen_vl import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
-
-@dataclass(frozen=True)
-class Family:
-    """How a family departs from the default. `attention`, `mlp`: names inside a decoder layer.
-    `linears`: module names inside a decoder layer that LoRA may adapt; `moe`: name suffixes that mark a
-    layer's MLP as a mixture of experts (attention only is adapted then)."""
-
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    linears: tuple[str, ...] = (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    )  # fmt: skip
-    moe: tuple[str, ...] = ("mlp.experts", "mlp.gate")
-
+__all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES: dict[str, Family] = {
-    "qwen2_5_vl": Family(),
+    "qwen2_vl": QWEN2_VL,
+    "qwen2_5_vl": QWEN2_5_VL,
+    "qwen3_vl": QWEN3_VL,
+    "internvl": INTERNVL,
     "llava": Family(),
+    "gemma3": Family(),
 }
 
 

@@ -1,0 +1,31 @@
+"""What a family may say of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family departs from the default.
+
+    `attention`, `mlp`: names inside a decoder layer.
+    `linears`: module names inside a decoder layer that LoRA may adapt; `moe`: name suffixes that mark a
+    layer's MLP as a mixture of experts (attention only is adapted then).
+    `tiles`: (processor, (width, height) of an image) -> (columns, rows) of the tiles it is cut into, where
+    neither the tokens nor the inputs show it.
+    `box`: the coordinates this family was trained to write boxes in: `pixels` of the image as the model
+    gets it (resized), `relative-1000` of width and height, or None where it was not trained to.
+    """
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    linears: tuple[str, ...] = (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )  # fmt: skip
+    moe: tuple[str, ...] = ("mlp.experts", "mlp.gate")
+    tiles: Callable[[Any, tuple[int, int]], tuple[int, int]] | None = None
+    box: str | None = None

@@ -1,0 +1,27 @@
+"""InternVL in transformers' own form (checkpoints named -hf). An image is one run of placeholders, 256 a
+tile, that tells how many tiles there are but not how they are laid out: 1 x 2 and 2 x 1 look the same.
+
+Source of the boxes: InternVL 1.5 and later, chat data format (coordinates normalised to [0, 1000)).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vfl_train.models.families.family import Family
+
+
+def tiles(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(columns, rows) of the tiles that an image of `size` (width, height) is cut into."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    images, (width, height) = processor.image_processor, size
+    # The processor's own setting wins over the image processor's, as in its call.
+    crop = processor.images_kwargs.get("crop_to_patches", images.crop_to_patches)
+    if not crop or images.max_patches <= 1:
+        return 1, 1
+    tile = (images.size["height"], images.size["width"])
+    return get_optimal_tiled_canvas((height, width), tile, images.min_patches, images.max_patches)
+
+
+INTERNVL = Family(tiles=tiles, box="relative-1000")
