@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from vfl_train.cli import main
 from vfl_train.config import EvalConfig, LoraConfig
+from vfl_train.data.rows import user_message
 from vfl_train.errors import ConfigError, DataError, VerificationError
+from vfl_train.evaluation import run
+from vfl_train.evaluation.questions import Question
 from vfl_train.evaluation.run import check_gate, evaluate
 from vfl_train.phantom import world
 from vfl_train.schemas import FunctionScore, wilson
@@ -180,6 +185,68 @@ def test_a_source_that_is_not_there_is_named(rows, tmp_path):
 
 
 def test_what_is_not_there_yet_is_refused(tmp_path):
-    for settings in ({"drop_from": (3,)}, {"rerun": "ocr"}):
-        with pytest.raises(ConfigError, match="not there yet"):
-            evaluate(config_of(tmp_path / "out", **settings))
+    with pytest.raises(ConfigError, match="not there yet"):
+        evaluate(config_of(tmp_path / "out", rerun="ocr"))
+
+
+def test_how_rows_are_judged(tmp_path):
+    """Rows that expect the first letter of what is written: no answer is that alone, each begins with it."""
+    rng, lines = np.random.default_rng(2), []
+    for i in range(3):
+        scene = world.sample_scene(rng)
+        world.render(scene).save(tmp_path / f"{i}.png")
+        turns = [
+            {"role": "user", "content": f"<image>{world.QUESTIONS['ocr']}"},
+            {"role": "assistant", "content": world.answer(scene, "ocr")[0]},
+        ]
+        lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}))
+    data = tmp_path / "letters.jsonl"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    accuracy = {
+        match: evaluate(config_of(tmp_path / match, data=str(data), functions=(), match=match))[
+            "letters"
+        ].accuracy
+        for match in ("exact", "choice", "iou")
+    }
+    assert accuracy == {"exact": 0, "choice": 1, "iou": 0}
+    with pytest.raises(ConfigError, match="--match is for --data"):
+        config_of(tmp_path / "out", match="iou")
+
+
+def test_of_an_adapter_the_adapted_model_is_dropped(adapter, spoilt, tmp_path):
+    """And the gate looks at the adapter's own change, not at what the drop costs."""
+    settings = {"adapter": str(adapter), "drop_from": (11, 0)}
+    scores = evaluate(config_of(tmp_path / "out", **settings, fail_if_drop="emotion=5"))
+    before = spoilt[1]
+    for name, s in scores.items():
+        assert (s.accuracy, s.delta) == (before[name].accuracy, before[name].delta)
+        for found in s.drop_from.values():
+            assert found["delta"] == pytest.approx(100 * (found["accuracy"] - s.accuracy))
+    assert scores["ocr"].drop_from["11"]["accuracy"] < scores["ocr"].base_accuracy
+    assert scores["emotion"].drop_from["0"]["delta"] < -5
+
+
+def test_chunks_are_bounded_by_prompts_and_tokens(monkeypatch):
+    asked = [Question("f", (user_message(text, 0),), (), "") for text in ("a", "a a", "a", "a a a", "a")]
+    vlm = SimpleNamespace(
+        prompt_of=lambda messages, images: SimpleNamespace(length=10 * len(messages[0].text.split()))
+    )
+    lengths = lambda: [[p.length for _, p in chunk] for chunk in run._chunks(vlm, asked)]  # noqa: E731
+    assert lengths() == [[10, 20, 10, 30, 10]]
+    monkeypatch.setattr(run, "CHUNK_TOKENS", 30)
+    assert lengths() == [[10, 20], [10], [30], [10]]
+    monkeypatch.setattr(run, "CHUNK_TOKENS", 5)
+    assert lengths() == [[10], [20], [10], [30], [10]], "a prompt over the budget goes alone"
+    monkeypatch.setattr(run, "CHUNK_TOKENS", 1000)
+    monkeypatch.setattr(run, "CHUNK", 2)
+    assert lengths() == [[10, 20], [10, 30], [10]]
+
+
+def test_a_dry_run_says_how_much_and_writes_nothing(adapter, tmp_path, capsys):
+    settings = {"adapter": str(adapter), "pairs": 3, "drop_from": (5, 3)}
+    assert evaluate(config_of(tmp_path / "out", **settings, dry_run=True)) == {}
+    said = capsys.readouterr().out
+    assert "12 questions: emotion 6, ocr 6" in said
+    assert "48 answers: 12 as the model is, 12 by its base, 24 with the image dropped" in said
+    assert re.search(r"has \d\d tokens", said) and re.search(r"about \d+\.\d min", said)
+    assert not (tmp_path / "out").exists()

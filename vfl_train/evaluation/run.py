@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from vfl_train.data.images import open_image
-from vfl_train.data.readers import read_dataset
-from vfl_train.data.rows import ImageRef, Message, Row, user_message
-from vfl_train.errors import ConfigError, DataError, VerificationError
+from vfl_train.errors import ConfigError, VerificationError
+from vfl_train.evaluation.drop import DropFrom, show_drops
+from vfl_train.evaluation.questions import Question, builtin_questions, load_questions, probe_questions
 from vfl_train.functions.matching import matches
-from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
 from vfl_train.interventions import Prompt
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
-from vfl_train.models.generation import generate
+from vfl_train.models.generation import Generated, generate
 from vfl_train.options import parse_weights
 from vfl_train.progress import track
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
@@ -29,23 +28,11 @@ from vfl_train.schemas import FunctionScore, read_json, wilson
 if TYPE_CHECKING:
     from vfl_train.config import EvalConfig
 
-CHUNK = 64  # prompts encoded at a time: bounds the pixels held in memory
+__all__ = ["Question", "evaluate", "probe_questions", "score"]
 
-
-@dataclass(frozen=True)
-class Question:
-    """One thing to ask: the turns before the answer, their images (opened when they are needed), the
-    expected answer and how to judge it."""
-
-    function: str
-    messages: tuple[Message, ...]
-    images: tuple[Image.Image | ImageRef, ...]
-    answer: str
-    match: str = "exact"
-
-    def opened(self) -> list[Image.Image]:
-        """The images as RGB pictures."""
-        return [open_image(i) if isinstance(i, ImageRef) else i for i in self.images]
+# Prompts encoded at a time, and their tokens together: bounds the pixels held in memory (about 20 kB for
+# each image token of a Qwen2.5-VL, so 0.6 GB).
+CHUNK, CHUNK_TOKENS = 64, 32768
 
 
 def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
@@ -54,17 +41,24 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
     Raises VerificationError (exit 4) if a function lost more than --fail-if-drop allows, after writing and
     also where the scorecard is there already; ConfigError and DataError before anything is written.
     """
-    if config.drop_from or config.rerun:
-        raise ConfigError("eval --drop-from and --rerun are not there yet", "leave them out")
+    if config.rerun:
+        raise ConfigError("eval --rerun is not there yet", "leave it out")
+    config = replace(config, drop_from=tuple(sorted(set(config.drop_from), reverse=True)))
     allowed = parse_weights(config.fail_if_drop, "--fail-if-drop") if config.fail_if_drop else {}
-    questions, digest = load_questions(config)
-    unknown = sorted(set(allowed) - {q.function for q in questions})
-    if unknown:
-        raise ConfigError(f"--fail-if-drop names {unknown[0]!r}, which is not measured here")
+    given = load_questions(config)  # before the model: a wrong path should not cost its loading
     vlm = VisionLanguageModel.load(
         config.model, config.revision, config.dtype, config.device, config.load_in_4bit,
         config.max_pixels, config.adapter,
     )  # fmt: skip
+    questions, digest = given or builtin_questions(config, vlm)
+    unknown = sorted(set(allowed) - {q.function for q in questions})
+    if unknown:
+        raise ConfigError(f"--fail-if-drop names {unknown[0]!r}, which is not measured here")
+    drops = DropFrom(config.drop_from, config.path, config.batch_tokens)
+    drops.check(vlm.num_layers)
+    if config.dry_run:
+        estimate(vlm, questions, config, drops)
+        return {}
     inputs = {"questions": digest, "model": model_digest(vlm)}
     if config.adapter is not None:  # its weights are in the model's digest, its scale is not
         inputs["adapter"] = file_sha256(Path(config.adapter) / "adapter_config.json")
@@ -74,19 +68,31 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
         if run.already_done:
             print(f"already done: {run.folder}")
             card = read_json(run.folder / "scorecard.json")
-            scores = {name: FunctionScore(**s) for name, s in card["functions"].items()}
         else:
-            scores = score(
-                vlm, questions, config.max_new_tokens, config.adapter is not None, config.batch_size
-            )
-            card = {
-                "model": config.model, "adapter": config.adapter and Path(config.adapter).name,
-                "functions": {name: s.to_json() for name, s in scores.items()},
-            }  # fmt: skip
+            card = run_questions(vlm, questions, config, drops)
             run.write_json("scorecard.json", card)
+    scores = {name: FunctionScore(**s) for name, s in card["functions"].items()}
     show(scores)
+    if "drop_from" in card:
+        show_drops(scores, card["drop_from"], vlm.num_layers)
     check_gate(scores, allowed)
     return scores
+
+
+def run_questions(
+    vlm: VisionLanguageModel, questions: Sequence[Question], config: EvalConfig, drops: DropFrom
+) -> dict[str, Any]:
+    """The content of scorecard.json."""
+    scores = score(
+        vlm, questions, config.max_new_tokens, config.adapter is not None, config.batch_size, drops
+    )
+    card: dict[str, Any] = {
+        "model": config.model, "adapter": config.adapter and Path(config.adapter).name,
+        "functions": {name: s.to_json() for name, s in scores.items()},
+    }  # fmt: skip
+    if drops.layers:
+        card["drop_from"] = drops.record()
+    return card
 
 
 def check_gate(scores: dict[str, FunctionScore], allowed: dict[str, float]) -> None:
@@ -100,43 +106,14 @@ def check_gate(scores: dict[str, FunctionScore], allowed: dict[str, float]) -> N
         raise VerificationError("; ".join(lost))
 
 
-def load_questions(config: EvalConfig) -> tuple[list[Question], str]:
-    """What to ask, and a sha256 of it. Raises ConfigError or DataError."""
-    pairs = config.pairs if config.limit is None else min(config.pairs, config.limit)
-    if config.data is not None:
-        dataset = read_dataset(config.data, config.image_root, limit=config.limit)
-        questions = [q for row in dataset.rows for q in _row_questions(row)]
-        absent = sorted(set(config.functions) - {q.function for q in questions})
-        if absent and questions:
-            raise ConfigError(f"no single-turn row of {config.data} has the source {absent[0]!r}")
-        if config.functions:
-            questions = [q for q in questions if q.function in config.functions]
-        if not questions:
-            raise DataError(
-                f"{config.data} holds no row to score", "rows of one question and one answer are scored"
-            )
-        return questions, dataset.sha256
-    if config.probes is not None:
-        probes = load_probe_set(Path(config.probes), config.functions, pairs)
-    else:
-        probes = builtin_probe_set(config.model, config.functions, pairs, config.seed)
-    return list(probe_questions(probes)), probes.sha256
+@dataclass(frozen=True)
+class Judged:
+    """One question's answers: right as the model is; by its base, if asked; and with the image dropped from
+    each layer on, if asked and there is an image."""
 
-
-def probe_questions(probes: ProbeSet) -> Iterator[Question]:
-    """Both images of every pair."""
-    for function, pairs in probes.pairs.items():
-        for p in pairs:
-            asked = (user_message(p.pair.question),)
-            yield Question(function, asked, (p.image_a,), p.pair.answer_a, p.pair.match)
-            yield Question(function, asked, (p.image_b,), p.pair.answer_b, p.pair.match)
-
-
-def _row_questions(row: Row) -> Iterator[Question]:
-    """Single-turn rows, grouped by their `source`. Rows of several turns are not scored."""
-    if [m.role for m in row.messages if m.role != "system"] == ["user", "assistant"]:
-        *before, reply = row.messages
-        yield Question(row.source, tuple(before), row.images, reply.text.strip())
+    right: bool
+    base: bool | None
+    dropped: dict[int, bool] | None
 
 
 def score(
@@ -145,40 +122,94 @@ def score(
     max_new_tokens: int,
     with_base: bool,
     batch_size: int | None = None,
+    drops: DropFrom | None = None,
 ) -> dict[str, FunctionScore]:
     """Greedy answers judged per function, `batch_size` prompts at once; `with_base`: also with the adapter
-    switched off, on the same prompts."""
+    switched off, on the same prompts; `drops`: also without the image from some layers on (the adapted
+    model)."""
     questions = list(questions)
-    after, before = [], []
-    for start in track(range(0, len(questions), CHUNK), label="answering"):
-        part = questions[start : start + CHUNK]
-        prompts = [vlm.prompt_of(q.messages, q.opened()) for q in part]
-        after += _right(vlm, part, prompts, max_new_tokens, batch_size)
-        if with_base:
-            with vlm.model.disable_adapter():
-                before += _right(vlm, part, prompts, max_new_tokens, batch_size)
+    drops = DropFrom(()) if drops is None else drops
+    judged = _judged(vlm, questions, max_new_tokens, with_base, batch_size, drops)
+    results = list(track(judged, len(questions), "answering"))
     scores = {}
     for name in dict.fromkeys(q.function for q in questions):
-        mine = [i for i, q in enumerate(questions) if q.function == name]
-        right = sum(after[i] for i in mine)
-        base = sum(before[i] for i in mine) / len(mine) if with_base else None
+        mine = [r for r, q in zip(results, questions, strict=True) if q.function == name]
+        right = sum(r.right for r in mine)
+        base = sum(bool(r.base) for r in mine) / len(mine) if with_base else None
         accuracy = right / len(mine)
         scores[name] = FunctionScore(
             accuracy, len(mine), wilson(right, len(mine)), base,
             None if base is None else 100 * (accuracy - base),
+            drops.scores([r.right for r in mine], [r.dropped for r in mine]) if drops.layers else None,
         )  # fmt: skip
     return scores
 
 
-def _right(
+def _judged(
     vlm: VisionLanguageModel,
-    questions: list[Question],
-    prompts: list[Prompt],
+    questions: Sequence[Question],
     max_new_tokens: int,
+    with_base: bool,
     batch_size: int | None,
-) -> list[bool]:
-    outputs = generate(vlm, prompts, max_new_tokens, batch_size=batch_size)
-    return [matches(o.text, q.answer, q.match) for q, o in zip(questions, outputs, strict=True)]
+    drops: DropFrom,
+) -> Iterator[Judged]:
+    """One result a question, in order."""
+
+    def answers(prompts: list[Prompt]) -> list[Generated]:
+        return generate(vlm, prompts, max_new_tokens, drops.batch_tokens, batch_size)
+
+    def right(outputs: list[Generated], chunk: list[tuple[Question, Prompt]]) -> list[bool]:
+        return [matches(o.text, q.answer, q.match) for o, (q, _) in zip(outputs, chunk, strict=True)]
+
+    for chunk in _chunks(vlm, questions):
+        prompts = [prompt for _, prompt in chunk]
+        outputs = answers(prompts)
+        before: Sequence[bool | None] = [None] * len(chunk)
+        if with_base:
+            with vlm.model.disable_adapter():
+                before = right(answers(prompts), chunk)
+        dropped = drops.right(vlm, chunk, outputs, max_new_tokens)
+        yield from map(Judged, right(outputs, chunk), before, dropped)
+
+
+def _chunks(
+    vlm: VisionLanguageModel, questions: Iterable[Question]
+) -> Iterator[list[tuple[Question, Prompt]]]:
+    """Questions with their encoded prompts, as many at a time as CHUNK and CHUNK_TOKENS allow."""
+    chunk: list[tuple[Question, Prompt]] = []
+    tokens = 0
+    for question in questions:
+        prompt = vlm.prompt_of(question.messages, question.opened())
+        if chunk and (len(chunk) == CHUNK or tokens + prompt.length > CHUNK_TOKENS):
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append((question, prompt))
+        tokens += prompt.length
+    if chunk:
+        yield chunk
+
+
+def estimate(
+    vlm: VisionLanguageModel, questions: Sequence[Question], config: EvalConfig, drops: DropFrom
+) -> None:
+    """--dry-run: say how much there is to answer, and how long the first question takes by itself."""
+    counts = Counter(q.function for q in questions)
+    pictured = sum(bool(q.images) for q in questions)
+    passes = {
+        "as the model is": len(questions),
+        "by its base": len(questions) if config.adapter is not None else 0,
+        "with the image dropped": pictured * len(drops.layers),
+    }
+    print(f"{len(questions)} questions: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    print(f"{sum(passes.values())} answers: {', '.join(f'{n} {how}' for how, n in passes.items() if n)}")
+    first = next((q for q in questions if q.images), questions[0])
+    print(f"the first prompt has {vlm.prompt_of(first.messages, first.opened()).length} tokens")
+    seconds = 0.0
+    for _ in range(2):  # the first time warms up
+        start = time.perf_counter()
+        score(vlm, [first], config.max_new_tokens, config.adapter is not None, 1, drops)
+        seconds = time.perf_counter() - start
+    print(f"about {seconds * len(questions) / 60:.1f} min one by one; in batches it is faster")
 
 
 def show(scores: dict[str, FunctionScore]) -> None:
