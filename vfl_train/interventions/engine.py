@@ -30,7 +30,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from vfl_train.interventions.layout import Layout, Place, batches, why_not
+from vfl_train.interventions.layout import Layout, Place, Trunk, batches, why_not
 from vfl_train.interventions.readout import Cost, ReadOut, Row
 from vfl_train.interventions.reference import (
     check_attention,
@@ -108,12 +108,17 @@ def _installed(vlm: VisionLanguageModel, sweep: _Sweep) -> Iterator[None]:
         undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         config._attn_implementation = NAME
         for index, layer in enumerate(vlm.layers):
-            own = layer.__dict__.get("forward")
-            undo.callback(layer.__dict__.update, forward=own) if own else undo.callback(
-                delattr, layer, "forward"
-            )
+            undo.callback(_restore, layer, layer.__dict__.get("forward"))
             layer.forward = partial(sweep.layer, index, layer.forward)
         yield
+
+
+def _restore(layer: torch.nn.Module, own: Callable | None) -> None:
+    """Give a layer its class's `forward` back, or the one that somebody had put on it before us."""
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
 
 
 def _engine_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -196,6 +201,8 @@ class _Sweep:
             out = forward(hidden, **kwargs)
         except _Captured:
             out = hidden
+        finally:
+            del self.attention  # a bound method: a cycle that would keep the batch's tensors alive
         if self.calls != 1:
             raise NotExact("a decoder layer without self-attention that transformers' interface dispatches")
         return out[0] if isinstance(out, tuple) else out
@@ -206,29 +213,29 @@ class _Sweep:
         for i, trunk in enumerate(self.layout.trunks):
             start, end = self.layout.prefix[trunk.prompt], self.layout.prompts[trunk.prompt].length
             out[i, : end - start] = hidden[trunk.prompt, start:end]
-            longest = self.layout.longest_context(trunk.prompt)
-            embedded = hidden[trunk.prompt, end : end + len(longest)]
-            if trunk.context != longest[: len(trunk.context)]:
-                embed = self.vlm.base.get_input_embeddings()
-                both = embed(
-                    torch.tensor(
-                        [longest, trunk.context + longest[len(trunk.context) :]], device=hidden.device
-                    )
-                )
-                if not torch.equal(both[0], embedded):
-                    raise NotExact("the model's text embeddings are not those of its embedding layer")
-                embedded = both[1]
-            out[i, end - start : end - start + len(trunk.context)] = embedded[: len(trunk.context)]
+            out[i, end - start : self.layout.tokens(trunk)] = self._embed_context(trunk, hidden, end)
         return out
+
+    def _embed_context(self, trunk: Trunk, hidden: torch.Tensor, end: int) -> torch.Tensor:
+        """[context, D]. The batch holds the longest context of each prompt; of others the tokens are looked
+        up. Raises NotExact where a lookup is not all that the model does."""
+        longest = self.layout.longest_context(trunk.prompt)
+        embedded = hidden[trunk.prompt, end : end + len(longest)]
+        if trunk.context != longest[: len(trunk.context)]:
+            ids = torch.tensor([*longest, *trunk.context], device=hidden.device)
+            looked_up = self.vlm.base.get_input_embeddings()(ids)
+            if not torch.equal(looked_up[: len(longest)], embedded):
+                raise NotExact("the model's text embeddings are not those of its embedding layer")
+            embedded = looked_up[len(longest) :]
+        return embedded[: len(trunk.context)]
 
     def _let_in(self) -> int:
         """Rows that leave their trunk at this layer start from its hidden state. Returns the slots in use."""
         slots = self.layout.active(self.index)
         trunks = self.layout.slot_trunks[len(self.hidden) : slots]
         if trunks:
-            self.hidden = torch.cat(
-                [self.hidden, self.hidden[torch.tensor(trunks, device=self.hidden.device)]]
-            )
+            index = torch.tensor(trunks, device=self.hidden.device)
+            self.hidden = torch.cat([self.hidden, self.hidden[index]])
         return slots
 
     # --- attention in its place --------------------------------------------------------------------
@@ -254,9 +261,8 @@ class _Sweep:
         source, start = layout.sources(self.index, slots)
         prefix_k, prefix_v, spans = *self.prefix_kv, layout.spans
         if any(n >= len(layout.prompts) for each in source for n in each):
-            prefix_k, prefix_v = (
-                torch.cat([t, self._noise(t, end)]) for t, end in ((prefix_k, 0), (prefix_v, 1))
-            )
+            prefix_k = torch.cat([prefix_k, self._noise(prefix_k, 0)])
+            prefix_v = torch.cat([prefix_v, self._noise(prefix_v, 1)])
         out = vision_kv_attention(
             q, prefix_k, prefix_v, k, v, row_image=layout.slot_prompts[:slots], row_source=source,
             spans=spans[: len(prefix_k)], row_start=start,
