@@ -7,16 +7,22 @@ from vfl_train.config import ProbesConfig
 
 EXAMPLE = """
 vfl-train probes check my-probes
+vfl-train probes export my-probes --functions ocr,count --pairs 100
 """
 
 
 @config_command("probes", ProbesConfig, EXAMPLE)
 def probes(config: ProbesConfig) -> None:
-    """Check a folder of your own probe pairs before profiling with it.
+    """Check your own probe pairs, or write out the built-in ones.
 
     The folder holds pairs.jsonl, one object a line (function, image_a, image_b, question, answer_a,
-    answer_b, match), and the images. Every pair is read; every pair that cannot be used is named.
+    answer_b, match), and the images. check reads every pair and names every one that cannot be used.
     """
+    if config.action == "export":
+        from vfl_train.functions.export import export_probes
+
+        export_probes(config)
+        return
     from vfl_train.functions.check import check_probes
 
     check_probes(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,15 +18,19 @@ if TYPE_CHECKING:
 def check_probes(config: ProbesConfig) -> None:
     """Print counts per function and every bad line. Raises DataError (exit 3) if any pair is unusable."""
     console = Console(soft_wrap=True, highlight=False)
-    folder = Path(config.folder)
-    found = list(scan(folder))
-    usable = Counter(p.pair.function for p in found if isinstance(p, LoadedPair))
-    bad = [p for p in found if isinstance(p, BadPair)]
+    usable: Counter[str] = Counter()
+    bad: list[BadPair] = []
+    for pair in scan(config.folder):  # one at a time: the images of a large set need not fit in memory
+        if isinstance(pair, LoadedPair):
+            usable[pair.pair.function] += 1
+        else:
+            bad.append(pair)
+    total = usable.total() + len(bad)
     for name, count in usable.items():
         few = f"  (fewer than {MIN_ANSWERED_PAIRS}: not measurable)" if count < MIN_ANSWERED_PAIRS else ""
         console.print(f"{name}: {count} usable pairs{few}", markup=False)
-    for pair in bad:
-        console.print(f"line {pair.line}: {pair.reason}", markup=False)
-    console.print(f"{len(found)} pairs = {usable.total()} usable + {len(bad)} unusable", markup=False)
+    for line in bad:
+        console.print(f"line {line.line}: {line.reason}", markup=False)
+    console.print(f"{total} pairs = {usable.total()} usable + {len(bad)} unusable", markup=False)
     if bad or not usable:
-        raise DataError(f"{folder}: {len(bad)} of {len(found)} pairs are unusable", "mend or remove them")
+        raise DataError(f"{config.folder}: {len(bad)} of {total} pairs are unusable", "mend or remove them")

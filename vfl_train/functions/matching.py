@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")  # not the 2 of "bbox_2d"
+_OPTION = re.compile(r"([a-z])[.:)] ?(\S.*)")  # "b. the car", as `normalise` leaves it
 _EDGES = string.punctuation + string.whitespace
 
 
@@ -18,15 +19,27 @@ def matches(output: str, expected: str, match: str = "exact") -> bool:
     """Whether `output` gives `expected`.
 
     `exact`: equal after `normalise`. `choice`: the output starts with the option (a letter or word, as in
-    "B", "(B)", "B. the car"). `iou`: both hold four numbers and the boxes overlap by more than one half.
+    "B", "(B)", "B. the car"); an expected "B. the car" is given by its letter or by its words. `iou`: both
+    hold four numbers and the boxes overlap by more than one half.
     """
     if match == "iou":
         a, b = box(output), box(expected)
         return a is not None and b is not None and iou(a, b) > 0.5
     given, wanted = normalise(output), normalise(expected)
     if match == "choice":
-        return re.match(rf"{re.escape(wanted)}(?!\w)", given) is not None
+        option = _OPTION.fullmatch(wanted)
+        if option is None:
+            return _starts(given, wanted)
+        letter, words = option.groups()
+        # The letter must stand alone: "A red car" does not choose A.
+        alone = re.match(rf"{letter}(?:$|[^\w\s])", given) is not None
+        return alone or _starts(given, words) or _starts(given, f"{letter} {words}")
     return given == wanted
+
+
+def _starts(text: str, word: str) -> bool:
+    """Whether `text` starts with `word`, and not with a longer word."""
+    return re.match(rf"{re.escape(word)}(?!\w)", text) is not None
 
 
 def box(text: str) -> tuple[float, float, float, float] | None:
@@ -43,5 +56,5 @@ def iou(a: tuple[float, float, float, float], b: tuple[float, float, float, floa
     height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
-    area = lambda r: (r[2] - r[0]) * (r[3] - r[1])  # noqa: E731
-    return width * height / (area(a) + area(b) - width * height)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / union if union > 0 else 0.0  # products of tiny sides underflow

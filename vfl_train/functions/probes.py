@@ -15,8 +15,10 @@ from pathlib import Path
 from PIL import Image
 
 from vfl_train.data.images import open_image, resolve_image
+from vfl_train.data.rows import one_line
 from vfl_train.errors import ConfigError, DataError
-from vfl_train.functions.matching import matches
+from vfl_train.functions.matching import box as box_of
+from vfl_train.functions.matching import matches, normalise
 from vfl_train.schemas import BUILTIN_FUNCTIONS, ProbePair, check_function_name
 
 PAIRS_FILE = "pairs.jsonl"
@@ -59,21 +61,59 @@ def scan(folder: Path) -> Iterator[LoadedPair | BadPair]:
         if not line.strip():
             continue
         try:
-            pair = ProbePair.from_json(json.loads(line.decode("utf-8")))
+            pair = _parse(line)
             a, b = (open_image(resolve_image(p, folder)) for p in (pair.image_a, pair.image_b))
-        except UnicodeDecodeError:
-            yield BadPair(number, "not valid UTF-8")
-        except (json.JSONDecodeError, RecursionError) as e:
-            yield BadPair(number, f"not valid JSON: {e}")
-        except DataError as e:  # a wrong key, or an image that is refused
-            yield BadPair(number, e.message)
+            _check_pair(pair, a, b)
+        except DataError as e:
+            yield BadPair(number, one_line(e.message))
         else:
-            if a.size != b.size:
-                yield BadPair(number, f"image_a is {a.size} and image_b {b.size} pixels: sizes must be equal")
-            elif matches(pair.answer_b, pair.answer_a, pair.match):
-                yield BadPair(number, "both images have the same answer: a swap could change nothing")
-            else:
-                yield LoadedPair(number, pair, a, b)
+            yield LoadedPair(number, pair, a, b)
+
+
+def _parse(line: bytes) -> ProbePair:
+    """The pair of one line. Raises DataError for what is no JSON object with the right keys."""
+    try:
+        pair = ProbePair.from_json(json.loads(line.decode("utf-8"), object_pairs_hook=_unique))
+        for text in vars(pair).values():
+            text.encode("utf-8")
+    except UnicodeDecodeError:
+        raise DataError("not valid UTF-8") from None
+    except UnicodeEncodeError:
+        raise DataError("a text holds half of a surrogate pair") from None
+    except RecursionError:
+        raise DataError("not valid JSON: nested too deep") from None
+    except ValueError as e:  # also a number of more digits than Python converts
+        raise DataError(f"not valid JSON: {e}") from None
+    return pair
+
+
+def _unique(items: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object's keys and values. Raises DataError for a key given twice: which one counts would be a
+    guess."""
+    found = dict(items)
+    if len(found) < len(items):
+        raise DataError("a key is given twice")
+    return found
+
+
+def _check_pair(pair: ProbePair, a: Image.Image, b: Image.Image) -> None:
+    """Raises DataError where a swap between the images could not be done or could show nothing."""
+    if a.size != b.size:
+        sizes = [f"{name} is {i.width} x {i.height}" for name, i in ((pair.image_a, a), (pair.image_b, b))]
+        raise DataError(f"{' and '.join(sizes)} pixels: sizes must be equal")
+    if pair.match == "iou":
+        for key in ("answer_a", "answer_b"):
+            if box_of(getattr(pair, key)) is None:
+                raise DataError(f"{key} is no box x1,y1,x2,y2 with x1 < x2 and y1 < y2, as match iou needs")
+    else:
+        for key in ("answer_a", "answer_b"):
+            if not normalise(getattr(pair, key)):
+                raise DataError(f"{key} has no letter and no digit: every output would match, or none")
+    answers = pair.answer_a, pair.answer_b
+    if matches(*answers, pair.match) or matches(*answers[::-1], pair.match):
+        raise DataError("both images have the same answer: a swap could change nothing")
+    if a.tobytes() == b.tobytes():
+        raise DataError("both images show the same pixels: a swap could change nothing")
 
 
 def load_probe_set(folder: Path, functions: Sequence[str] = (), limit: int | None = None) -> ProbeSet:
@@ -110,20 +150,26 @@ def _choose(
     return {name: pairs[name][:limit] for name in wanted}
 
 
-def builtin_probe_set(model_name: str, functions: Sequence[str], pairs: int, seed: int) -> ProbeSet:
-    """Minimal pairs rendered from the phantom's world, `pairs` a function, unseen in its training.
-    Raises ConfigError for other models and unknown functions."""
-    from vfl_train.phantom.datasets import probe_set
+def builtin_probe_set(
+    model_name: str, functions: Sequence[str], pairs: int, seed: int, *, box: str | None = None
+) -> ProbeSet:
+    """`pairs` minimal pairs of each function (all six if none is named).
 
-    if not model_name.startswith("phantom"):
-        raise ConfigError(
-            "built-in probe pairs exist for the phantom only so far", "give your own with --probes DIR"
-        )
+    The phantom gets scenes of its own world, unseen in its training; every other model the pictures of
+    `functions.builtin`. `box`: coordinates by which the model answers grounding questions, None for a
+    multiple choice (see `builtin.pairs.grounding_maker`). Raises ConfigError for unknown functions.
+    """
     wanted = [check_function_name(f) for f in functions] or list(BUILTIN_FUNCTIONS)
     for name in wanted:
         if name not in BUILTIN_FUNCTIONS:
             raise ConfigError(f"unknown function {name!r}", f"built in are {', '.join(BUILTIN_FUNCTIONS)}")
-    return probe_set(dict.fromkeys(wanted, pairs), seed)
+    if model_name.startswith("phantom") and "/" not in model_name:
+        from vfl_train.phantom import datasets
+
+        return datasets.probe_set(dict.fromkeys(wanted, pairs), seed)
+    from vfl_train.functions import builtin
+
+    return builtin.probe_set(wanted, pairs, seed, box)
 
 
 def save_probe_set(probes: ProbeSet, folder: Path) -> None:
