@@ -19,6 +19,7 @@ from vfl_train.data.rows import Reason, Rejected, Row
 from vfl_train.data_select import choose
 from vfl_train.data_select.scoring import Scorer, Scores
 from vfl_train.errors import ConfigError, DataError
+from vfl_train.hub.load import profile_file
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.options import budget_rows, parse_weights
@@ -34,7 +35,8 @@ SHOWN = 12  # rows of a kind in the report
 
 def select(config: SelectConfig) -> dict[str, Any]:
     """Run the selection of `config`; returns what selection.json holds. Raises ConfigError, DataError."""
-    profile = Profile.load(config.profile)
+    source = profile_file(config.profile)
+    profile = Profile.load(source)
     layers = function_layers(profile, config)
     wanted = list(config.functions) or list(layers)
     dataset = read_dataset(config.data, config.image_root, limit=config.limit)
@@ -44,7 +46,7 @@ def select(config: SelectConfig) -> dict[str, Any]:
         n = len(dataset.rows)
         print(f"{n} rows, {len(layers) + 2} forwards each; budget {budget_rows(config.budget, n)} rows")
         return {}
-    inputs = {"profile": profile_digest(config.profile), "data": dataset.sha256}
+    inputs = {"profile": file_sha256(source), "data": dataset.sha256}
     vlm = None
     if config.from_scores is None:
         vlm = _load_model(config, profile)
@@ -72,12 +74,6 @@ def select(config: SelectConfig) -> dict[str, Any]:
         run.write_text("report.html", report(config, scored, result, record, rejected))
     _say(record)
     return record
-
-
-def profile_digest(path: str) -> str:
-    """sha256 of a profile file (or the one in a folder)."""
-    p = Path(path)
-    return file_sha256(p / "profile.json" if p.is_dir() else p)
 
 
 def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[int]]:
@@ -116,6 +112,8 @@ def _scores(
         assert vlm is not None
         scorer = Scorer(vlm, layers, config.ablation, batch_tokens=config.batch_tokens)
         scored, rejected = scorer.score(dataset.rows), scorer.rejected
+        for reason, count in scorer.cost.reasons.items():
+            print(f"{count} of {scorer.cost.rows} forwards ran on the reference path: {reason}")
     if not scored:
         raise DataError("no row of the pool can be encoded by this model", "see `vfl-train data preview`")
     return scored, sorted([*dataset.rejected, *rejected], key=lambda r: r.row)

@@ -20,6 +20,7 @@ from vfl_train.data.rows import Reason, Rejected, Row, RowError
 from vfl_train.errors import ConfigError, NumericError
 from vfl_train.interventions import Branch, Intervention, Prompt, drop, read_out, swap
 from vfl_train.interventions import Row as BranchRow
+from vfl_train.interventions.readout import Cost
 from vfl_train.progress import track
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ class Scorer:
     vlm: VisionLanguageModel
     layers: Mapping[str, Sequence[int]]
     ablation: str = "block"
-    path: str = "reference"
+    path: str = "engine"
     batch_tokens: int = 8192
     rejected: list[Rejected] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
 
     def branches(self) -> dict[str, Branch]:
         """The branch of each function. `nested`: cumulative drops from the function's first layer on."""
@@ -109,7 +111,8 @@ class Scorer:
                     BranchRow(prompt, branch=b, donors=donors if _needs_blank(b) else {}, targets=positions)
                     for b in (*branches.values(), everything)
                 ]
-        losses: Iterator[float] = (r.loss for r in read_out(self.vlm, plan, self.path, self.batch_tokens))
+        found = read_out(self.vlm, plan, self.path, self.batch_tokens, self.cost)
+        losses: Iterator[float] = (r.loss for r in found)
         return [self._collect(row, len(positions), losses) for row, _, _, positions in samples]
 
     def _collect(self, row: Row, answer_tokens: int, losses: Iterator[float]) -> Scores:

@@ -2,17 +2,23 @@
 
     python scripts/check_phantom.py phantom --output DIR
     python scripts/check_phantom.py phantom-unplanted --output DIR
+    python scripts/check_phantom.py phantom --output DIR --recovery 10
 
 Bars, on unseen scenes, 200 questions a function: accuracy at least 98 %; a swap at the planted layer flips
 at least 97 % of the answered directions, a swap two or more layers away changes at most 2 %. Of the twin
 nothing is demanded. Also: how well a linear probe on the frozen tower's tokens separates handwritten digits
 (the ceiling of what LoRA can reach there), and what the untouched model makes of handwriting.
+
+With --recovery N: profile the model and the unplanted twin with N probe seeds each, nothing else, and say how
+often exactly the planted layer was found as peak and as flip block. Exit code 1 if the phantom missed one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +33,9 @@ from vfl_train.options import format_layers
 from vfl_train.phantom import world
 from vfl_train.phantom.architecture import PLANTED
 from vfl_train.phantom.datasets import probe_set
+from vfl_train.profiling.measure import measure_function
 from vfl_train.profiling.run import profile
+from vfl_train.profiling.sweep import Sweeper
 from vfl_train.schemas import BUILTIN_FUNCTIONS, Profile
 
 
@@ -91,6 +99,50 @@ def swap_table(found: Profile) -> list[str]:
     return lines
 
 
+Found = dict[str, list[tuple[int | None, list[int]]]]
+
+
+def recover(model: str, seeds: int, pairs: int) -> Found:
+    """{function: [(peak layer, flip block) of every probe seed]}."""
+    vlm = VisionLanguageModel.load(model)
+    config = ProfileConfig(model=model, output=Path("unused"), control_pairs=4)
+    found: Found = {name: [] for name in BUILTIN_FUNCTIONS}
+    for seed in range(seeds):
+        for name, probes in probe_set(dict.fromkeys(BUILTIN_FUNCTIONS, pairs), seed).pairs.items():
+            sweeper = Sweeper(
+                vlm, config.phase, config.path, config.batch_tokens, f"{model} seed {seed} {name}"
+            )
+            f = measure_function(sweeper, probes, config).function
+            found[name].append((f.peak_layer, f.flip_block))
+    return found
+
+
+def recovery_table(phantom: Found, twin: Found) -> list[str]:
+    """Per function: how often the phantom's planted layer was found, and what the twin's layers are."""
+    lines = [
+        "| function | planted | found exactly | twin: peaks (seeds) | twin: flip blocks (seeds) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, planted in PLANTED.items():
+        exact = sum(each == (planted, [planted]) for each in phantom[name])
+        peaks = Counter("-" if peak is None else str(peak) for peak, _ in twin[name])
+        blocks = Counter(format_layers(block) for _, block in twin[name])
+        said = (", ".join(f"{what} ({n})" for what, n in c.most_common()) for c in (peaks, blocks))
+        lines.append(f"| {name} | {planted} | {exact} of {len(phantom[name])} | {' | '.join(said)} |")
+    return lines
+
+
+def check_recovery(model: str, seeds: int, pairs: int, output: Path) -> bool:
+    """Print the recovery table and write recovery.json; whether every planted layer was found every time."""
+    start = time.perf_counter()
+    found, twin = recover(model, seeds, pairs), recover("phantom-unplanted", seeds, pairs)
+    print("\n".join(recovery_table(found, twin)))
+    print(f"\n{seeds} probe seeds, {pairs} pairs a function, {time.perf_counter() - start:.0f} s")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recovery.json").write_text(json.dumps({model: found, "phantom-unplanted": twin}) + "\n")
+    return all(each == (PLANTED[name], [PLANTED[name]]) for name in PLANTED for each in found[name])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", help="phantom, phantom-unplanted or a folder that train_phantom.py wrote")
@@ -98,8 +150,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100, help="per function; both images are asked about")
     parser.add_argument("--swap-pairs", type=int, default=100, help="pairs a function for the swaps")
     parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--recovery", type=int, metavar="N", help="only this, with N probe seeds; see above")
     arguments = parser.parse_args()
     keep_freed_memory()
+    if arguments.recovery:
+        pairs = min(arguments.swap_pairs, 24)
+        if not check_recovery(arguments.model, arguments.recovery, pairs, arguments.output):
+            raise SystemExit(1)
+        return
 
     kinds = dict.fromkeys(BUILTIN_FUNCTIONS, arguments.pairs)
     kinds |= {"ocr_handwritten": arguments.pairs, "count_handwritten": arguments.pairs}
@@ -110,7 +168,7 @@ def main() -> None:
     scores = evaluate(asked)
     swapped = ProfileConfig(
         output=arguments.output / "profile", functions=BUILTIN_FUNCTIONS, pairs=arguments.swap_pairs,
-        control_pairs=4, batch_tokens=3072, **shared,
+        control_pairs=4, **shared,
     )  # fmt: skip
     found = profile(swapped)
     single, strings = digit_probe(VisionLanguageModel.load(arguments.model))

@@ -25,7 +25,7 @@ from vfl_train.common_options import (
 )
 from vfl_train.errors import ConfigError
 from vfl_train.options import Config, budget_rows, option, parse_layers, parse_weights
-from vfl_train.schemas import INTERVENTIONS, PATHS, PHASES, check_function_name
+from vfl_train.schemas import BUILTIN_FUNCTIONS, INTERVENTIONS, MATCHES, PATHS, PHASES, check_function_name
 
 METHODS = ("vfl", "random", "loss", "visual-gain")
 ABLATIONS = ("block", "blank", "nested", "knockout")
@@ -56,8 +56,9 @@ class ProfileConfig(ModelOptions):
     phase: str = option(
         "text", choices=PHASES, help="Which queries are bound: all text after the image, or the answer's."
     )
-    path: str = option(
-        "reference", choices=PATHS, help="Shared-prefix engine, or one plain forward per branch."
+    path: str = option("engine", choices=PATHS, help="Shared-prefix engine, or one plain forward per branch.")
+    drop_points: float = option(
+        1.0, help="Points of answers that the drop plan may lose; says from which layer on the image can go."
     )
     control_pairs: int = option(20, help="Pairs a function for the control swaps.")
     batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
@@ -67,14 +68,18 @@ class ProfileConfig(ModelOptions):
     def check(self) -> None:
         super().check()
         check_functions(self.functions)
-        at_least(self, pairs=1, control_pairs=0, batch_tokens=1)
+        at_least(self, pairs=1, control_pairs=0, batch_tokens=1, drop_points=0)
+        strangers = [f for f in self.functions if self.probes is None and f not in BUILTIN_FUNCTIONS]
+        if strangers:
+            built_in = ", ".join(BUILTIN_FUNCTIONS)
+            raise ConfigError(f"unknown function {strangers[0]!r}", f"built in are {built_in}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig(ModelOptions):
     """`vfl-train select`."""
 
-    profile: str = option(metavar="P", help="profile.json of this model, or its folder.")
+    profile: str = option(metavar="P", help="profile.json of this model, its folder, or a Hub repo.")
     data: str = option(
         metavar="D", help="Data to sort and pick from: LLaVA, ShareGPT or messages JSON/JSONL."
     )
@@ -121,7 +126,9 @@ class LoraConfig(ModelOptions):
     """`vfl-train lora`. The fields of the group training have the names of transformers.TrainingArguments,
     those of LoRA the usual ones."""
 
-    profile: str | None = option(None, metavar="P", help="profile.json that says which layers to train.")
+    profile: str | None = option(
+        None, metavar="P", help="profile.json (a path or a Hub repo) that says which layers to train."
+    )
     functions: tuple[str, ...] = option(
         (), metavar="NAME,..", help="Train the layers of these vision functions.", excludes=("layers",)
     )
@@ -215,11 +222,23 @@ class EvalConfig(ModelOptions):
     data: str | None = option(
         None, metavar="D", shared=False, excludes=("probes",), help="Score the answers of these rows instead."
     )
+    match: str = option(
+        "exact",
+        choices=MATCHES,
+        shared=False,
+        help="How rows of --data are judged: the same text, the option named first, or boxes that overlap.",
+    )
     image_root: Path | None = image_root_option()
     # Not shared: forgetting shows in the functions that were not trained.
     functions: tuple[str, ...] = functions_option("[all]", shared=False)
     drop_from: tuple[int, ...] = option(
-        (), metavar="K,..", help="Also score with the image dropped from layer K on, for each K."
+        (),
+        metavar="K,..",
+        help="Also score with the image dropped from layer K to the last, for each K (of an adapter: "
+        "the adapted model, not its base).",
+    )
+    path: str = option(
+        "engine", choices=PATHS, help="How drops run: shared-prefix engine, or one plain forward per branch."
     )
     rerun: str | None = option(None, metavar="NAME", help="Also score with this function's layers run twice.")
     fail_if_drop: str | None = option(
@@ -231,15 +250,19 @@ class EvalConfig(ModelOptions):
     pairs: int = option(50, help="Probe pairs a function.")
     max_new_tokens: int = option(32, help="Longest generated answer, in tokens.")
     batch_size: int = option(32, help="Prompts at once.")
+    batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
     output: Path = output_option("scorecard.json")
     overwrite: bool = overwrite_option()
+    dry_run: bool = dry_run_option()
 
     def check(self) -> None:
         super().check()
         check_functions(self.functions)
-        at_least(self, pairs=1, max_new_tokens=1, batch_size=1)
+        at_least(self, pairs=1, max_new_tokens=1, batch_size=1, batch_tokens=1)
         if self.probes is not None and self.data is not None:
             raise ConfigError("--probes and --data exclude each other", "give one of them")
+        if self.match != "exact" and self.data is None:
+            raise ConfigError("--match is for --data", "each probe pair says itself how it is judged")
         if any(layer < 0 for layer in self.drop_from):
             raise ConfigError("--drop-from takes 0-based layers", "write them like 24,20,16")
         if self.rerun is not None:
@@ -331,7 +354,9 @@ class MigrateConfig(Config):
 class PlanConfig(Config):
     """`vfl-train plan`."""
 
-    profile: str = option(metavar="P", help="profile.json that says which layers to train.")
+    profile: str = option(
+        metavar="P", help="profile.json (a path or a Hub repo) that says which layers to train."
+    )
     functions: tuple[str, ...] = functions_option("[all the profile could measure]")
     layer_rule: str = layer_rule_option()
     emit: str = option("peft", choices=EMITS, help="Trainer to write the settings for.")
@@ -366,8 +391,25 @@ class DataConfig(Config):
 class ProbesConfig(Config):
     """`vfl-train probes`."""
 
-    action: str = option(argument=True, metavar="check", choices=("check",), help="check: read every pair.")
+    action: str = option(
+        argument=True,
+        metavar="check|export",
+        choices=("check", "export"),
+        help="check: read every pair; export: write the built-in pairs, to look at and to edit.",
+    )
     folder: Path = option(argument=True, metavar="DIR", help="Folder with pairs.jsonl and its images.")
+    functions: tuple[str, ...] = functions_option("Of export. [all six]", shared=False)
+    pairs: int = option(50, help="Of export: probe pairs a function.")
+    box: str | None = option(
+        None,
+        choices=("pixels", "relative-1000"),
+        help="Of export: ask grounding for a box in these coordinates instead of a choice.",
+    )
+    seed: int = option(0, help="Of export: seed of everything random.")
+
+    def check(self) -> None:
+        check_functions(self.functions)
+        at_least(self, pairs=1, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from vfl_train.errors import ConfigError, DataError
 
@@ -27,6 +27,7 @@ MATCHES = ("exact", "choice", "iou")
 STATUSES = ("ok", "not_measurable")
 LAYER_RULES = ("block", "paper")
 MIN_ANSWERED_PAIRS = 20
+MAX_PROFILE_BYTES = 16 * 2**20  # a real one has some hundred KB
 
 
 def check_function_name(name: str) -> str:
@@ -44,7 +45,9 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", "check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid JSON: nested too deep") from None
+    except ValueError as e:  # no UTF-8, no JSON, or a number of more digits than Python converts
         raise ConfigError(f"{path} is not valid JSON: {e}") from None
 
 
@@ -112,6 +115,29 @@ class FunctionProfile:
     flip_block: list[int]
     distributed: bool
     details: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def wrong(self, depth: int) -> str:
+        """What does not follow the contract in a model of `depth` layers, empty if all does."""
+        if self.status not in STATUSES:
+            return f"status must be one of {', '.join(STATUSES)}"
+        if not (_is_count(self.pairs) and _is_count(self.pairs_answered)):
+            return "pairs and pairs_answered must be whole numbers"
+        examples = self.examples if isinstance(self.examples, list) else [None]
+        if not all(isinstance(v, dict) for v in (self.controls, self.details, *examples)):
+            return "controls, details and every one of the examples must be objects"
+        rates = {"change_rate": self.change_rate, "flip_rate": self.flip_rate}
+        for key, values in (rates | {f"controls.{c}": r for c, r in self.controls.items()}).items():
+            if not _are_shares(values) or len(values) not in (0, depth):
+                return f"{key} must be {depth} numbers from 0 to 1, or none"
+        intervals = self.ci95 if isinstance(self.ci95, list) else [None]
+        if len(intervals) not in (0, depth) or any(not _are_shares(i) or len(i) != 2 for i in intervals):
+            return f"ci95 must be {depth} pairs of numbers from 0 to 1, or none"
+        peak = [] if self.peak_layer is None else [self.peak_layer]
+        for key, layers in (("peak_layer", peak), ("layers", self.layers), ("flip_block", self.flip_block)):
+            if not isinstance(layers, list) or any(not _is_count(k) or k >= depth for k in layers):
+                return f"{key} names a layer outside 0-{depth - 1}"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +155,9 @@ class Profile:
     functions: dict[str, FunctionProfile]
     drop_curve: dict[str, Any] = field(default_factory=dict)
     drop_plan: dict[str, Any] = field(default_factory=dict)
+    interaction: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    compared_with: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -138,9 +167,12 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
-        """Read `path` (a file, or a folder with profile.json in it). Raises ConfigError."""
+        """Read `path` (a file, or a folder with profile.json in it). It may come from anyone: data only, and
+        every key that is read is checked. Raises ConfigError."""
         path = Path(path)
         path = path / "profile.json" if path.is_dir() else path
+        if path.is_file() and path.stat().st_size > MAX_PROFILE_BYTES:
+            raise ConfigError(f"{path} has {path.stat().st_size} bytes: no profile is that large")
         value = read_json(path)
         if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
             raise ConfigError(f"{path} is not a profile of schema version {SCHEMA_VERSION}", "profile again")
@@ -151,19 +183,31 @@ class Profile:
             }
             known = {f.name for f in fields(cls)} - {"model", "functions"}
             profile = cls(model=model, functions=functions, **{k: v for k, v in value.items() if k in known})
-            profile._check(path)
-        except (KeyError, TypeError, AttributeError) as e:
+        except (KeyError, TypeError, AttributeError, ConfigError) as e:
             raise ConfigError(f"{path} does not follow the profile contract: {e}") from None
+        wrong = profile._wrong()
+        if wrong:
+            raise ConfigError(f"{path} does not follow the profile contract: {wrong}")
         return profile
 
-    def _check(self, path: Path) -> None:
-        depth = self.model.num_layers
-        for name, f in self.functions.items():
-            for key in ("change_rate", "flip_rate", "ci95"):
-                if len(getattr(f, key)) not in (0, depth):
-                    raise ConfigError(f"{path}: functions.{name}.{key} must have {depth} entries")
-            if any(not isinstance(k, int) or not 0 <= k < depth for k in [*f.layers, *f.flip_block]):
-                raise ConfigError(f"{path}: functions.{name} names a layer outside 0-{depth - 1}")
+    def _wrong(self) -> str:
+        """What does not follow the contract, empty if all does."""
+        for key, kind in get_type_hints(Profile).items():
+            value, plain = getattr(self, key), get_origin(kind) or kind
+            if not isinstance(value, plain) or isinstance(value, bool):
+                return f"{key} must be {'an object' if plain is dict else f'of type {plain.__name__}'}"
+        for key, known in (("intervention", INTERVENTIONS), ("phase", PHASES), ("path", PATHS)):
+            if getattr(self, key) not in known:
+                return f"{key} must be one of {', '.join(known)}"
+        m = self.model
+        if not (_is_count(m.num_layers) and m.num_layers and _is_count(m.hidden_size)):
+            return "model.num_layers and model.hidden_size must be whole numbers"
+        if not all(isinstance(t, str) for t in (m.name_or_path, m.model_type, m.revision or "")):
+            return "model.name_or_path, model.model_type and model.revision must be text"
+        of_functions = (f.wrong(m.num_layers) for f in self.functions.values())
+        return next(
+            (f"functions.{n}.{w}" for n, w in zip(self.functions, of_functions, strict=True) if w), ""
+        )
 
     def check_model(self, model: ModelInfo) -> list[str]:
         """Refuse a model of another type, depth or width (ConfigError); return warnings about another
@@ -205,10 +249,18 @@ class Profile:
 
 def _function_profile(value: Mapping[str, Any]) -> FunctionProfile:
     known = {f.name for f in fields(FunctionProfile)}
-    profile = FunctionProfile(**{k: v for k, v in value.items() if k in known})
-    if profile.status not in STATUSES:
-        raise TypeError(f"status {profile.status!r}")
-    return profile
+    return FunctionProfile(**{k: v for k, v in value.items() if k in known})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_shares(values: object) -> bool:
+    """A list of finite numbers from 0 to 1."""
+    if not isinstance(values, list):
+        return False
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1 for v in values)
 
 
 # --- scorecard.json ----------------------------------------------------------------------------
@@ -216,13 +268,16 @@ def _function_profile(value: Mapping[str, Any]) -> FunctionProfile:
 
 @dataclass(frozen=True)
 class FunctionScore:
-    """Accuracy in 0..1 with its Wilson interval; for an adapter also the base's and the change in points."""
+    """Accuracy in 0..1 with its Wilson interval; for an adapter also the base's and the change in points.
+    `drop_from`: first dropped layer (as text) -> `accuracy`, `n`, `ci95` and `delta` (points against the
+    untouched model) over the questions with an image; absent where nothing was dropped."""
 
     accuracy: float
     n: int
     ci95: list[float]
     base_accuracy: float | None = None
     delta: float | None = None
+    drop_from: dict[str, dict[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v is not None}

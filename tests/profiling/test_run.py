@@ -68,8 +68,9 @@ def test_the_file_follows_the_contract(found):
     assert next(iter(value.items())) == ("schema_version", 1)
     assert value.keys() >= {
         "model", "intervention", "phase", "path", "dtype", "seed", "versions", "probe_set", "functions",
-        "drop_curve", "drop_plan",
+        "drop_curve", "drop_plan", "interaction", "cost",
     }  # fmt: skip
+    assert value["path"] == "engine" and value["dtype"] == "float32"
     assert value["model"] == {
         "name_or_path": "phantom", "revision": None, "model_type": "qwen2_5_vl", "num_layers": LAYERS,
         "hidden_size": 128,
@@ -79,6 +80,46 @@ def test_the_file_follows_the_contract(found):
         assert len(rates) == LAYERS
     assert Image.open(config.output / "profile.png").format == "PNG"
     assert "<h3>emotion</h3>" in (config.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_drop_curve_and_plan(found):
+    """From the layer after the planted one on, the image can go."""
+    result, planted = found[1], PLANTED["emotion"]
+    curve, plan = result.drop_curve["emotion"], result.drop_plan["emotion"]
+    assert curve["n"] == 2 * result.functions["emotion"].pairs_answered
+    assert len(curve["accuracy"]) == len(curve["ci95"]) == LAYERS + 1 and curve["accuracy"][-1] == 1.0
+    assert max(curve["accuracy"][: planted + 1]) < 0.7 and min(curve["accuracy"][planted + 1 :]) > 0.95
+    assert all(low <= a <= high for a, (low, high) in zip(curve["accuracy"], curve["ci95"], strict=True))
+    assert plan["allowed_points"] == 1.0 and plan["points_lost"] <= 1.0
+    assert plan["from_layer"] >= planted + 1
+
+
+def test_what_the_joint_swaps_say(found):
+    f, planted = found[1].functions["emotion"], PLANTED["emotion"]
+    details = f.details
+    assert details["all_layers"] == details["from_layer"][0] == details["up_to_layer"][-1] > 0.9
+    assert min(details["from_layer"][: planted + 1]) > 0.9 > 0.1 > max(details["from_layer"][planted + 1 :])
+    assert max(details["up_to_layer"][:planted]) < 0.1 < 0.9 < min(details["up_to_layer"][planted:])
+    assert details["block"] == f.flip_rate[planted] and details["base_changed"] == 0.0
+
+
+def test_examples_say_what_the_swap_changed(found):
+    examples = found[1].functions["emotion"].examples
+    assert len(examples) == 3
+    for e in examples:
+        assert e.keys() == {"pair", "question", "answer_a", "answer_b", "said", "said_swapped"}
+        assert (e["said"], e["said_swapped"]) == (e["answer_a"], e["answer_b"])
+
+
+def test_cost(found):
+    """All layers singly, from each on, up to each and dropped from each, controls and flips, for a few
+    forwards; the naive way would take one a row."""
+    cost, f = found[1].cost, found[1].functions["emotion"]
+    rows = 2 * f.pairs_answered * (1 + 3 * LAYERS - 3 + LAYERS)
+    assert rows < cost["rows"] < 1.5 * rows and cost["reference_rows"] == 0 and cost["reasons"] == {}
+    assert f.details["cost"]["sweep_forwards"] < cost["plain_forwards"] < 12 < rows / (2 * f.pairs_answered)
+    assert cost["token_layers"] == f.details["cost"]["token_layers"] > 0 and cost["seconds"] > 0
+    assert found[1].interaction == {}  # of one function
 
 
 def test_a_second_run_is_already_done(found, capsys):
@@ -100,13 +141,20 @@ def test_drops(tmp_path, intervention):
         assert min(rates[: planted + 1]) > 0.5 > max(rates[planted + 1 :])
     else:
         assert rates[planted] > 0.5 > max(r for k, r in enumerate(rates) if abs(k - planted) > 1)
-    assert Profile.load(config.output).intervention == intervention
+    found = Profile.load(config.output)
+    assert found.intervention == intervention
+    if intervention == "drop-from":
+        wrong = [1 - a for a in found.drop_curve["emotion"]["accuracy"][:-1]]
+        assert wrong == pytest.approx(rates)  # here what is changed is wrong
+        assert found.drop_plan["emotion"]["from_layer"] >= planted + 1
+    else:
+        assert found.drop_curve == found.drop_plan == {}
 
 
 def test_fewer_than_20_answered_pairs_are_not_measurable(tmp_path):
     found = profile(config_of(tmp_path / "out", pairs=19)).functions["emotion"]
     assert (found.status, found.pairs, found.peak_layer) == ("not_measurable", 19, None)
-    assert found.layers == found.flip_block == []
+    assert found.layers == found.flip_block == found.examples == []
     assert found.change_rate[PLANTED["emotion"]] > 0.9  # measured and kept, but nothing is concluded
     assert Profile.load(tmp_path / "out").functions["emotion"] == found
 
@@ -119,6 +167,7 @@ def test_a_model_that_answers_no_pair_has_no_rates(tmp_path):
     assert run_cli(tmp_path / "out", "--probes", tmp_path / "probes").exit_code == 0
     found = Profile.load(tmp_path / "out").functions["emotion"]
     assert (found.status, found.pairs_answered) == ("not_measurable", 0)
+    assert Profile.load(tmp_path / "out").drop_curve == {}
     assert found.change_rate == found.flip_rate == [0.0] * 12
     assert found.ci95 == [[0.0, 1.0]] * 12
 
@@ -166,5 +215,44 @@ def test_another_setting_is_another_run(tmp_path):
 
 def test_dry_run_writes_nothing(tmp_path):
     result = run_cli(tmp_path / "out", "--functions", "emotion", "--dry-run")
-    assert result.exit_code == 0 and "emotion: 2 pairs" in result.stdout
-    assert not (tmp_path / "out").exists()
+    assert result.exit_code == 0 and not (tmp_path / "out").exists()
+    line, everything = result.stdout.splitlines()
+    assert line.startswith("emotion: 2 pairs, prompts of ") and " plain forwards an image" in line
+    assert everything.startswith("about ") and "on 4 images" in everything
+
+
+def test_a_prompt_that_the_model_cannot_take_exits_3_naming_the_line(tmp_path):
+    save_probe_set(probe_set({"emotion": 2}, 0), tmp_path / "probes")
+    path = tmp_path / "probes" / "pairs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    bad = json.dumps({**json.loads(lines[1]), "question": "how does <|image_pad|> feel ?"})
+    for number, text in ((2, [lines[0], bad]), (1, [bad, lines[0]])):
+        path.write_text("\n".join(text), encoding="utf-8")
+        out = tmp_path / f"out-{number}"
+        result = run_cli(out, "--probes", tmp_path / "probes")
+        assert result.exit_code == 3 and f"emotion: line {number}: " in result.stderr
+        assert "<|image_pad|>" in result.stderr and not (out / "profile.json").exists()
+    assert not out.exists()  # the first pair is looked at before the folder is made
+
+
+def test_the_reference_path_finds_the_same_and_says_its_name(tmp_path):
+    found = [
+        profile(config_of(tmp_path / p, pairs=2, control_pairs=1, path=p)) for p in ("engine", "reference")
+    ]
+    engine, reference = (f.functions["emotion"] for f in found)
+    assert [f.path for f in found] == ["engine", "reference"]
+    assert engine.change_rate == reference.change_rate and engine.flip_rate == reference.flip_rate
+    assert found[0].drop_curve == found[1].drop_curve
+    assert found[0].cost["token_layers"] < found[1].cost["token_layers"] / 4
+
+
+def test_rows_that_the_engine_left_to_the_reference_path_are_told(tmp_path, monkeypatch, capsys):
+    from vfl_train.interventions import engine
+
+    monkeypatch.setattr(engine, "why_not", lambda row: "not today" if row.branch else None)
+    found = profile(config_of(tmp_path / "out", pairs=2, control_pairs=0))
+    there, rows = found.cost["reference_rows"], found.cost["rows"]
+    assert 0 < there < rows and found.cost["reasons"] == {"not today": there} and found.path == "engine"
+    assert f"{there} of {rows} rows ran on the reference path: not today ({there})" in capsys.readouterr().out
+    monkeypatch.setattr(engine, "why_not", lambda row: "never")
+    assert profile(config_of(tmp_path / "other", pairs=2, control_pairs=0)).path == "reference"

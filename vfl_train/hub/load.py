@@ -1,18 +1,20 @@
-"""Loading an adapter without trusting it: the configuration is read before PEFT sees it, weights are
-safetensors only, the base model is the one given, and the keys are compared after loading.
+"""Loading an adapter or a profile without trusting it: the configuration is read before PEFT sees it, weights
+are safetensors only, the base model is the one given, and the keys are compared after loading. Of a Hub repo
+that carries a profile only that one JSON file is fetched, and it is checked like any other.
 
 Threat model: the folder may come from anyone. Not covered: weights that are valid but harmful.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfl_train.errors import ConfigError, VerificationError
-from vfl_train.schemas import read_json
+from vfl_train.errors import ConfigError, HubError, VerificationError
+from vfl_train.schemas import MAX_PROFILE_BYTES, Profile, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,8 @@ _USED = {
     "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision",
     "inference_mode", "init_lora_weights", "task_type", "peft_type", "peft_version",
 }  # fmt: skip
+PROFILE = "profile.json"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
@@ -166,3 +170,60 @@ def check_loaded(model: PeftModel, info: AdapterInfo, name: str = "default") -> 
             weight = holder[name].weight.detach()
             if key not in stored or not torch.equal(stored[key].to(weight), weight):
                 raise VerificationError(f"{key} of {info.folder} is not what was loaded")
+
+
+# --- profiles ------------------------------------------------------------------------------------
+
+
+def load_profile(name: str) -> Profile:
+    """The profile at `name`: see `profile_file`. Raises ConfigError or HubError."""
+    return Profile.load(profile_file(name))
+
+
+def profile_file(name: str) -> Path:
+    """Where the profile that a user named lies: a file, the profile.json of a folder, or that of a Hub repo
+    (owner/name; fetched into the cache, nothing else of the repo is).
+
+    Raises:
+        ConfigError: neither a path nor a repo with a profile.json at its root, no access, or too large.
+        HubError: the Hub cannot be reached.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path / PROFILE
+    if path.exists() or name.endswith(".json") or not _HUB_ID.fullmatch(name):
+        return path
+    return _fetch_profile(name)
+
+
+def _fetch_profile(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # of the HTTP library that the Hub's client uses
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    nowhere = f"there is no file or folder {repo}, and"
+    try:
+        found = hf_hub_download(repo, PROFILE, dry_run=True)  # nothing fetched: how large is it?
+        if (found.file_size or 0) > MAX_PROFILE_BYTES:
+            raise ConfigError(f"{PROFILE} of {repo} has {found.file_size} bytes: no profile is that large")
+        return Path(hf_hub_download(repo, PROFILE))
+    except RemoteEntryNotFoundError as e:
+        raise ConfigError(f"{nowhere} the Hub repo {repo} has no {PROFILE} at its root") from e
+    except (HFValidationError, RepositoryNotFoundError) as e:
+        raise ConfigError(
+            f"{nowhere} the Hub has no repo {repo}, or gives no access",
+            "check the name; `hf auth login` for private repos",
+        ) from e
+    except LocalEntryNotFoundError as e:
+        raise HubError(
+            f"{nowhere} the Hub cannot be reached for it",
+            "check the connection, or give a local profile.json",
+        ) from e
+    except (OSError, HTTPError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise HubError(f"{nowhere} {PROFILE} of that Hub repo cannot be fetched: {reason}") from e

@@ -61,46 +61,64 @@ def papers_block(change_rate: Sequence[float], peak_layer: int | None, floor: Se
 
 
 def flip_block(
-    flips: Callable[[range], float], depth: int, single: Sequence[float]
+    joint_flips: Callable[[Sequence[range]], Sequence[float]],
+    single: Sequence[float],
+    from_layer: Sequence[float],
+    up_to_layer: Sequence[float],
 ) -> tuple[list[int], dict[str, object]]:
     """The smallest contiguous block whose joint swap flips at least 90 % of what all layers flip.
 
-    `flips(layers)` measures the flip rate of a joint swap; `single` are the known one-layer rates. Bounded
-    by two cumulative sweeps (from k on, up to k), then trimmed at both ends while it holds. Returns the
-    block (empty if swapping all layers flips nothing) and what was measured on the way.
+    `single`, `from_layer`, `up_to_layer`: the flip rates of swaps at layer k alone, from k on and up to k,
+    one a layer. One layer that flips enough is the block. Else the two cumulative sweeps bound it (flips
+    need a layer from `start` on and one up to `stop`), and it is trimmed at both ends while it holds;
+    `joint_flips` measures the joint swaps that this takes, several at once. Returns the block (empty if
+    swapping all layers flips nothing) and the rates it rests on.
     """
-    everywhere = flips(range(depth))
+    depth, everywhere = len(single), from_layer[0]
     target = FLIP_SHARE * everywhere - 1e-9  # rates are ratios: forgive their rounding
-    found: dict[str, object] = {"all_layers": everywhere}
+    found: dict[str, object] = {
+        "all_layers": everywhere, "from_layer": list(from_layer), "up_to_layer": list(up_to_layer),
+    }  # fmt: skip
     if everywhere == 0:
         return [], found
     alone = max(range(depth), key=lambda k: (single[k], -k))
     if single[alone] >= target:
-        return [alone], found
-    from_k = [everywhere] + [flips(range(k, depth)) for k in range(1, depth)]
-    up_to_k = [flips(range(k + 1)) for k in range(depth - 1)] + [everywhere]
-    found |= {"from_layer": from_k, "up_to_layer": up_to_k}
-    start = max(k for k in range(depth) if from_k[k] >= target)
-    stop = min(k for k in range(depth) if up_to_k[k] >= target)
-    block = _widen(flips, range(min(start, stop), max(start, stop) + 1), depth, target)
-    block, value = _trim(flips, block, target)
+        return [alone], found | {"block": single[alone]}
+    start = max(k for k in range(depth) if from_layer[k] >= target)
+    stop = min(k for k in range(depth) if up_to_layer[k] >= target)
+    bounds = range(min(start, stop), max(start, stop) + 1)
+    block, value = _trim(joint_flips, *_widen(joint_flips, bounds, depth, target), target)
     return list(block), found | {"block": value}
 
 
-def _widen(flips: Callable[[range], float], block: range, depth: int, target: float) -> range:
+def _widen(
+    joint_flips: Callable[[Sequence[range]], Sequence[float]], block: range, depth: int, target: float
+) -> tuple[range, float]:
     """Grow by a layer on both sides until the block flips enough (all layers do)."""
-    while flips(block) < target:
+    while (value := joint_flips([block])[0]) < target and len(block) < depth:
         block = range(max(0, block.start - 1), min(depth, block.stop + 1))
-    return block
-
-
-def _trim(flips: Callable[[range], float], block: range, target: float) -> tuple[range, float]:
-    value = flips(block)
-    while len(block) > 1:
-        left, right = range(block.start + 1, block.stop), range(block.start, block.stop - 1)
-        options = {left: flips(left), right: flips(right)}
-        best = max(options, key=lambda b: options[b])
-        if options[best] < target:
-            break
-        block, value = best, options[best]
     return block, value
+
+
+def _trim(
+    joint_flips: Callable[[Sequence[range]], Sequence[float]], block: range, value: float, target: float
+) -> tuple[range, float]:
+    while len(block) > 1:
+        shorter = [range(block.start + 1, block.stop), range(block.start, block.stop - 1)]
+        values = joint_flips(shorter)
+        best = max(range(2), key=lambda i: values[i])
+        if values[best] < target:
+            break
+        block, value = shorter[best], values[best]
+    return block, value
+
+
+def drop_plan(accuracy: Sequence[float], allowed_points: float) -> dict[str, float]:
+    """From which layer on the image can be dropped: the smallest k such that at k and at every larger one
+    at most `allowed_points` points of the answers are lost. `accuracy` [L + 1], entry k with the image
+    dropped from layer k on, the last one untouched; k = L means that nothing can be dropped."""
+    lost = [100 * (accuracy[-1] - a) for a in accuracy]
+    k = len(lost) - 1
+    while k > 0 and lost[k - 1] <= allowed_points + 1e-9:
+        k -= 1
+    return {"from_layer": k, "points_lost": lost[k], "allowed_points": allowed_points}

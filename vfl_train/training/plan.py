@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfl_train import options
 from vfl_train.errors import ConfigError
+from vfl_train.hub.load import load_profile
 from vfl_train.schemas import ModelInfo, Profile
 from vfl_train.training.controls import apply_control
 
@@ -189,7 +190,7 @@ def emit_plan(config: PlanConfig) -> None:
         raise ConfigError(f"plan --emit {config.emit} is not available yet", "use --emit peft")
     from vfl_train.training.skeleton import load_skeleton
 
-    profile = Profile.load(config.profile)
+    profile = load_profile(config.profile)
     vlm = load_skeleton(config.model or profile.model.name_or_path, profile.model.revision)
     functions = config.functions or [
         name

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vfl_train.errors import ConfigError, DataError
+from vfl_train.hub.load import profile_file
 from vfl_train.options import format_layers
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
 from vfl_train.schemas import Profile
@@ -40,14 +41,15 @@ def train_lora(config: LoraConfig) -> Path:
     from vfl_train.models.digest import model_digest
 
     _refuse_unbuilt(config)
-    profile = Profile.load(config.profile) if config.profile else None
+    source = profile_file(config.profile) if config.profile else None
+    profile = Profile.load(source) if source else None
     dataset = _read_rows(config)
     if config.dry_run:
         _dry_run(config, profile, len(dataset.rows))
         return Path(config.output)
     vlm, plan = _load_and_plan(config, profile)
     inputs = {
-        "data": dataset.sha256, "profile": _profile_sha256(config.profile), "model": model_digest(vlm),
+        "data": dataset.sha256, "profile": file_sha256(source) if source else "", "model": model_digest(vlm),
     }  # fmt: skip
     wanted = fingerprint("lora", config, inputs, _PACKAGES)
     with RunFolder.open(config.output, wanted, config.overwrite) as run:
@@ -82,12 +84,6 @@ def _read_rows(config: LoraConfig) -> Dataset:
         reason = f"row {first.row}: {first.detail}" if first else "it is empty"
         raise DataError(f"{config.data} has no usable row: {reason}", "run vfl-train data check")
     return dataset
-
-
-def _profile_sha256(path: str | None) -> str:
-    if path is None:
-        return ""
-    return file_sha256(Path(path) / "profile.json" if Path(path).is_dir() else Path(path))
 
 
 def _make_plan(config: LoraConfig, profile: Profile | None, vlm: VisionLanguageModel) -> LayerPlan:
