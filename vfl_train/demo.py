@@ -156,7 +156,7 @@ def report(outcome: Outcome, facts: dict[str, Any]) -> str:
     """The one page of the demo."""
     from vfl_train.data_select.run import bucket_rows
     from vfl_train.report.heatmap import heatmap_bytes
-    from vfl_train.report.pages import data_uri, function_rows, page
+    from vfl_train.report.pages import control_rows, data_uri, function_rows, page
 
     profile, selection = outcome.profile, outcome.selection
     picked, rejected = _thumbnails(outcome)
@@ -175,7 +175,7 @@ def report(outcome: Outcome, facts: dict[str, Any]) -> str:
         "demo.html", "vfl-train demo",
         "Profile, select, LoRA, eval, merge and verify on the bundled phantom.",
         facts=boxes, heatmap=data_uri(heatmap_bytes(profile, facts["planted"])),
-        functions=function_rows(profile),
+        functions=function_rows(profile), controls=control_rows(profile),
         buckets=bucket_rows(selection), picked=picked, rejected=rejected, scores=_score_rows(outcome),
         checks=outcome.verification["checks"], times=times, disclaimer=DISCLAIMER,
     )  # fmt: skip
