@@ -196,7 +196,7 @@ def test_no_image_outside_the_folder_and_no_broken_one(folder, path):
 
 
 def test_a_saved_set_is_read_back(tmp_path):
-    probes = builtin_probe_set("phantom", ("count", "ocr"), 3, 0)
+    probes = builtin_probe_set(("count", "ocr"), 3, 0, world="phantom")
     save_probe_set(probes, tmp_path)
     again = load_probe_set(tmp_path)
     assert [[p.pair for p in pairs] for pairs in again.pairs.values()] == [

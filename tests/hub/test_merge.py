@@ -119,3 +119,10 @@ def test_a_finished_merge_is_not_repeated(merged: Path, adapter: Path, other_ada
     before = (merged / "model.safetensors").stat().st_mtime_ns
     merge(MergeConfig(adapters=(str(adapter), str(other_adapter)), output=merged, device="cpu"))
     assert (merged / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_merged_phantom_still_knows_its_world(merged: Path) -> None:
+    """So that its probes are drawn from there."""
+    from vfl_train.models import VisionLanguageModel
+
+    assert VisionLanguageModel.load(str(merged)).world == "phantom"

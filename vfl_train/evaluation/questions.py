@@ -61,8 +61,9 @@ def load_questions(config: EvalConfig) -> tuple[list[Question], str] | None:
 def builtin_questions(config: EvalConfig, vlm: VisionLanguageModel) -> tuple[list[Question], str]:
     """What the built-in pairs ask, boxes as the model's family writes them, and a sha256 of it.
     Raises ConfigError."""
-    box = vlm.family.box
-    probes = builtin_probe_set(config.model, config.functions, _pairs(config), config.seed, box=box)
+    probes = builtin_probe_set(
+        config.functions, _pairs(config), config.seed, world=vlm.world, box=vlm.family.box
+    )
     return list(probe_questions(probes)), probes.sha256
 
 

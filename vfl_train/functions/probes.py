@@ -151,19 +151,20 @@ def _choose(
 
 
 def builtin_probe_set(
-    model_name: str, functions: Sequence[str], pairs: int, seed: int, *, box: str | None = None
+    functions: Sequence[str], pairs: int, seed: int, *, world: str | None = None, box: str | None = None
 ) -> ProbeSet:
     """`pairs` minimal pairs of each function (all six if none is named).
 
-    The phantom gets scenes of its own world, unseen in its training; every other model the pictures of
-    `functions.builtin`. `box`: coordinates by which the model answers grounding questions, None for a
-    multiple choice (see `builtin.pairs.grounding_maker`). Raises ConfigError for unknown functions.
+    `world`: the drawn world a model was trained in (`VisionLanguageModel.world`). The phantom's gives scenes
+    unseen in its training, None the pictures of `functions.builtin`. `box`: coordinates by which the model
+    answers grounding questions, None for a multiple choice (see `builtin.pairs.grounding_maker`). Raises
+    ConfigError for unknown functions.
     """
     wanted = [check_function_name(f) for f in functions] or list(BUILTIN_FUNCTIONS)
     for name in wanted:
         if name not in BUILTIN_FUNCTIONS:
             raise ConfigError(f"unknown function {name!r}", f"built in are {', '.join(BUILTIN_FUNCTIONS)}")
-    if model_name.startswith("phantom") and "/" not in model_name:
+    if world == "phantom":
         from vfl_train.phantom import datasets
 
         return datasets.probe_set(dict.fromkeys(wanted, pairs), seed)

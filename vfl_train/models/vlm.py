@@ -188,6 +188,11 @@ class VisionLanguageModel:
         return int(self.text_config.hidden_size)
 
     @property
+    def world(self) -> str | None:
+        """The drawn world that a phantom, or a model made of one, was trained in; None for all others."""
+        return getattr(self.config, "vfl_world", None)
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

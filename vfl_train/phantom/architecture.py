@@ -105,6 +105,7 @@ def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForCondi
         vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
+    config.vfl_world = "phantom"  # stays with every model made of this one; says which scenes it knows
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     # The default 0.02 lets the first layer's attention drown which word a token is: questions about

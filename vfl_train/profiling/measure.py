@@ -90,6 +90,7 @@ def _profile(
         settings={
             "pairs": config.pairs, "control_pairs": config.control_pairs,
             "adapter": config.adapter and Path(config.adapter).name,
+            "max_pixels": config.max_pixels, "batch_tokens": config.batch_tokens,
             "peak_share": statistics.PEAK_SHARE, "flip_share": statistics.FLIP_SHARE,
             "interaction_pairs": INTERACTION_PAIRS,
         },

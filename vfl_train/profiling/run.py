@@ -33,7 +33,7 @@ def profile(config: ProfileConfig) -> Profile | None:
         config.max_pixels, config.adapter,
     )  # fmt: skip
     probes = own or builtin_probe_set(
-        config.model, config.functions, _pairs(config), config.seed, box=vlm.family.box
+        config.functions, _pairs(config), config.seed, world=vlm.world, box=vlm.family.box
     )
     base_path = base_profile(config.adapter)
     base = None

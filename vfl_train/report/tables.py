@@ -263,6 +263,7 @@ def command(profile: Profile) -> str:
         "functions": None if set(profile.functions) == {*BUILTIN_FUNCTIONS} else ",".join(profile.functions),
         "probes": None if name.startswith(BUILTIN_SETS) else name,
         "pairs": settings.get("pairs"), "control-pairs": settings.get("control_pairs"),
+        "max-pixels": settings.get("max_pixels"), "batch-tokens": settings.get("batch_tokens"),
         "intervention": profile.intervention, "phase": profile.phase, "path": profile.path,
         "drop-points": min(allowed) if allowed else None, "dtype": profile.dtype, "seed": profile.seed,
         "output": "profile",

@@ -18,6 +18,8 @@ class Family:
     neither the tokens nor the inputs show it.
     `box`: the coordinates this family was trained to write boxes in: `pixels` of the image as the model
     gets it (resized), `relative-1000` of width and height, or None where it was not trained to.
+    `adds_between_layers`: the model adds to the hidden states between decoder layers what depends on the
+    image alone (deep stack), so that it can be carried over to another row of the same prompt.
     """
 
     attention: str = "self_attn"
@@ -29,3 +31,4 @@ class Family:
     moe: tuple[str, ...] = ("mlp.experts", "mlp.gate")
     tiles: Callable[[Any, tuple[int, int]], tuple[int, int]] | None = None
     box: str | None = None
+    adds_between_layers: bool = False
