@@ -146,7 +146,7 @@ class VisionLanguageModel:
         self.text_config = self.config.get_text_config(decoder=True)
         self.model_type: str = self.config.model_type
         self.family: Family = family_of(self.model_type)
-        self.decoder_name, self.layers = _find_layers(self.base, int(self.text_config.num_hidden_layers))
+        self.decoder_name, self.layers = find_layers(self.base, int(self.text_config.num_hidden_layers))
 
     @classmethod
     def load(
@@ -318,7 +318,7 @@ def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, stops, strict=True))
 
 
-def _find_layers(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
+def find_layers(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
     """Name and list of the text decoder's layers: the `layers` of the module that transformers calls the
     decoder. Raises ConfigError where there is no such list of the configured depth."""
     decoder = model.get_decoder()

@@ -1,0 +1,79 @@
+"""Time and memory of competing functions, for benchmarks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports its start and stop on stderr
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Side = Callable[[], Any]
+
+
+@dataclass
+class Runs:
+    """Seconds of each counted run of one side: `wall`, and `cpu` summed over threads."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def interleaved(sides: dict[str, Side], repeats: int, warmup: int, device: str) -> dict[str, Runs]:
+    """Every round runs all sides, and each round begins with another one, so that what slows the machine
+    for a while slows all of them."""
+    runs = {name: Runs() for name in sides}
+    names = list(sides)
+    for turn in range(-warmup, repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _wait(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            sides[name]()
+            _wait(device)
+            if turn >= 0:
+                runs[name].wall.append(time.perf_counter() - wall)
+                runs[name].cpu.append(time.process_time() - cpu)
+        print(f"round {turn + 1} of {repeats}", file=sys.stderr, flush=True)
+    return runs
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run: Side, device: str) -> int:
+    """The most bytes of tensors that were alive at one time during `run` beyond those before it: every
+    allocation and release, workspace inside operators included. CPU: from the profiler's record of the
+    allocator; CUDA: from the caching allocator's counters."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def hardware(device: str) -> str:
+    """The processor in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
