@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports its start and stop on stderr
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -27,13 +24,14 @@ class Runs:
     cpu: list[float] = field(default_factory=list)
 
 
-def interleaved(sides: dict[str, Side], repeats: int, warmup: int, device: str) -> dict[str, Runs]:
-    """Every round runs all sides, and each round begins with another one, so that what slows the machine
-    for a while slows all of them."""
+def interleaved(
+    sides: dict[str, Side], repeats: int, warmup: int, device: str, often: Sequence[str] = ()
+) -> dict[str, Runs]:
+    """Every round runs all sides, so that what slows the machine for a while slows all of them; the short
+    ones named in `often` run before each of the others, which gives them as much of that while."""
     runs = {name: Runs() for name in sides}
-    names = list(sides)
     for turn in range(-warmup, repeats):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in _order(list(sides), often, turn):
             _wait(device)
             wall, cpu = time.perf_counter(), time.process_time()
             sides[name]()
@@ -43,6 +41,15 @@ def interleaved(sides: dict[str, Side], repeats: int, warmup: int, device: str) 
                 runs[name].cpu.append(time.process_time() - cpu)
         print(f"round {turn + 1} of {repeats}", file=sys.stderr, flush=True)
     return runs
+
+
+def _order(names: list[str], often: Sequence[str], turn: int) -> list[str]:
+    """The sides of one round; each round begins with another one."""
+    others = [name for name in names if name not in often]
+    if not others:
+        return list(often)
+    start = turn % len(others)
+    return [name for other in others[start:] + others[:start] for name in (*often, other)]
 
 
 def _wait(device: str) -> None:
