@@ -178,3 +178,21 @@ def test_unequal_spans_cannot_be_swapped():
     arguments |= {"row_image": [0], "row_start": None, "row_lengths": None, "prefix_lengths": None}
     with pytest.raises(ValueError, match="row_source cannot swap"):
         vision_kv_attention(**{**arguments, "row_source": [[1, 0]]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_empty_prefix_beside_a_full_one(dtype):
+    """Nothing of a masked key may reach the row that has no prefix."""
+    g = torch.Generator().manual_seed(0)
+    q, sk, sv = (torch.randn(3, 2, 4, 8, generator=g, dtype=dtype) for _ in range(3))
+    pk, pv = (torch.randn(2, 2, 5, 8, generator=g, dtype=dtype) for _ in range(2))
+    indices = {
+        "row_image": [0, 1, 0],
+        "row_source": [[]] * 3,
+        "spans": torch.zeros(2, 0, 2, dtype=torch.long),
+    }
+    indices |= {"prefix_lengths": [0, 5], "row_start": [0, 0, 2], "return_lse": True}
+    ours = vision_kv_attention(q, pk, pv, sk, sv, backend="torch", **indices)
+    wanted = vision_kv_attention(q, pk, pv, sk, sv, backend="reference", **indices)
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b)

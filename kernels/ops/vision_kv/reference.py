@@ -5,6 +5,8 @@ Slow and float64-capable; the other paths are tested against it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -14,12 +16,12 @@ def attention(
     prefix_v: torch.Tensor,
     suffix_k: torch.Tensor,
     suffix_v: torch.Tensor,
-    row_image: list[int],
-    row_source: list[list[int]],
-    spans: list[list[tuple[int, int]]],
-    row_start: list[int],
-    row_lengths: list[int],
-    prefix_lengths: list[int],
+    row_image: Sequence[int],
+    row_source: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    row_start: Sequence[int],
+    row_lengths: Sequence[int],
+    prefix_lengths: Sequence[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [R, Hq, S, D], lse [R, Hq, S]); shapes and meaning as `vision_kv_attention`."""
@@ -28,7 +30,7 @@ def attention(
     lse = torch.zeros(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for row, image in enumerate(row_image):
         for i in range(row_lengths[row]):
-            source = row_source[row] if i >= row_start[row] else [image] * len(row_source[row])
+            source = row_source[row] if i >= row_start[row] else (image,) * len(row_source[row])
             keys, values = [], []
             for begin, end, bank in _segments(image, source, spans, prefix_lengths[image]):
                 keys.append(prefix_k[bank, :, begin:end])
@@ -44,7 +46,7 @@ def attention(
 
 
 def _segments(
-    image: int, source: list[int], spans: list[list[tuple[int, int]]], length: int
+    image: int, source: Sequence[int], spans: Sequence[Sequence[tuple[int, int]]], length: int
 ) -> list[tuple[int, int, int]]:
     """(start, stop, image it is read from) of what a query sees of the prefix."""
     out, at = [], 0

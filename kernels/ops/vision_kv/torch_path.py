@@ -31,17 +31,17 @@ def attention(
     prefix_v: torch.Tensor,
     suffix_k: torch.Tensor,
     suffix_v: torch.Tensor,
-    row_image: list[int],
-    row_source: list[list[int]],
-    spans: list[list[Stretch]],
-    row_start: list[int],
-    prefix_lengths: list[int],
+    row_image: Sequence[int],
+    row_source: Sequence[Sequence[int]],
+    spans: Sequence[Sequence[Stretch]],
+    row_start: Sequence[int],
+    prefix_lengths: Sequence[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [R, Hq, S, D], lse [R, Hq, S]); shapes and meaning as `vision_kv_attention`."""
     groups = q.shape[1] // prefix_k.shape[1]
-    repeat = [t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (suffix_k, suffix_v)]
-    out, lse = attend(q, *repeat, scale, causal=True)
+    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (suffix_k, suffix_v))
+    out, lse = attend(q, k, v, scale, causal=True)
     if out.requires_grad:
         out, lse = out.clone(), lse.clone()  # written to below; the backward needs the originals
     touched = [
@@ -57,21 +57,23 @@ def attention(
     for job in jobs:
         _merge_job(job, q, prefix_k, prefix_v, prefix_lengths, scale, out, lse)
     if rows:
-        plain, plain_lse = before
+        own, own_lse = before
         (job,) = _plain_jobs(range(len(rows)), [row_image[r] for r in rows], prefix_lengths)
-        _merge_job(job, q[rows], prefix_k, prefix_v, prefix_lengths, scale, plain, plain_lse)
+        _merge_job(job, q[rows], prefix_k, prefix_v, prefix_lengths, scale, own, own_lse)
         start = torch.tensor([row_start[r] for r in rows], device=q.device)
         unbound = torch.arange(q.shape[2], device=q.device) < start[:, None]  # [rows, S]
-        out[rows] = torch.where(unbound[:, None, :, None], plain, out[rows])
-        lse[rows] = torch.where(unbound[:, None], plain_lse, lse[rows])
+        out[rows] = torch.where(unbound[:, None, :, None], own, out[rows])
+        lse[rows] = torch.where(unbound[:, None], own_lse, lse[rows])
     return out, lse
 
 
 def _plain_jobs(rows: Sequence[int], row_image: Sequence[int], lengths: Sequence[int]) -> list[Job]:
-    """Whole prefixes; one job, padded to the longest (its keys beyond a row's prefix are masked)."""
+    """Whole prefixes; one job, padded to the longest (its keys beyond a row's prefix are masked). Rows
+    without a prefix read none: a softmax over masked keys alone is not nothing."""
     job = Job(0, max((lengths[row_image[r]] for r in rows), default=0))
     for r in rows:
-        job.rows.setdefault(row_image[r], []).append(r)
+        if lengths[row_image[r]]:
+            job.rows.setdefault(row_image[r], []).append(r)
     return [job]
 
 
@@ -191,7 +193,8 @@ def attend(
     The fused kernels give no gradient for the log-sum-exp, so gradients take the plain formula.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if q.device.type == "cpu" and not needs_grad:
+    plain = needs_grad or not q.numel()  # the CPU's kernel divides by the number of queries
+    if q.device.type == "cpu" and not plain:
         if bias is not None:
             bias = bias.expand(q.shape[0], 1, q.shape[2], k.shape[2])
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -199,7 +202,7 @@ def attend(
         )
     if (
         q.device.type == "cuda"
-        and not needs_grad
+        and not plain
         and bias is None
         and q.element_size() == 2
         and q.shape[-1] % 8 == 0
