@@ -116,14 +116,14 @@ class Scorer:
         return [self._collect(row, len(positions), losses) for row, _, _, positions in samples]
 
     def _collect(self, row: Row, answer_tokens: int, losses: Iterator[float]) -> Scores:
-        full = _finite(next(losses), row)
+        full = _next_finite(losses, row)
         if not row.images:
             zeros = dict.fromkeys(self.layers, 0.0)
             return Scores(
                 row, answer_tokens, full, dict.fromkeys(self.layers, full), zeros, 0.0, ("text_only",)
             )
-        per_function = {name: _finite(next(losses), row) for name in self.layers}
-        gain = _finite(next(losses), row) - full
+        per_function = {name: _next_finite(losses, row) for name in self.layers}
+        gain = _next_finite(losses, row) - full
         deltas = {f: loss - full for f, loss in per_function.items()}
         if self.ablation == "nested":  # each level against the next shallower one
             order = sorted(self.layers, key=lambda f: -min(self.layers[f]))
@@ -134,7 +134,12 @@ class Scorer:
         return Scores(row, answer_tokens, full, per_function, deltas, gain)
 
 
-def _finite(loss: float, row: Row) -> float:
+def _next_finite(losses: Iterator[float], row: Row) -> float:
+    """Raises NumericError naming the row."""
+    try:
+        loss = next(losses)
+    except NumericError as e:
+        raise NumericError(f"row {row.row} of {row.source}: {e.message}", e.fix) from e
     if not math.isfinite(loss):
         raise NumericError(f"the loss of row {row.row} of {row.source} is {loss}", "try --dtype float32")
     return loss

@@ -25,7 +25,16 @@ from vfl_train.common_options import (
 )
 from vfl_train.errors import ConfigError
 from vfl_train.options import Config, budget_rows, option, parse_layers, parse_weights
-from vfl_train.schemas import BUILTIN_FUNCTIONS, INTERVENTIONS, MATCHES, PATHS, PHASES, check_function_name
+from vfl_train.schemas import (
+    BUILTIN_FUNCTIONS,
+    INTERVENTIONS,
+    MATCHES,
+    MODULES,
+    PATHS,
+    PHASES,
+    RERUN_AT,
+    check_function_name,
+)
 
 METHODS = ("vfl", "random", "loss", "visual-gain")
 ABLATIONS = ("block", "blank", "nested", "knockout")
@@ -60,7 +69,9 @@ class ProfileConfig(ModelOptions):
     drop_points: float = option(
         1.0, help="Points of answers that the drop plan may lose; says from which layer on the image can go."
     )
-    control_pairs: int = option(20, help="Pairs a function for the control swaps.")
+    control_pairs: int = option(
+        20, help="Pairs a function for the control swaps (noise is one fixed draw, whatever --seed)."
+    )
     batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
     overwrite: bool = overwrite_option()
     dry_run: bool = dry_run_option()
@@ -240,7 +251,22 @@ class EvalConfig(ModelOptions):
     path: str = option(
         "engine", choices=PATHS, help="How drops run: shared-prefix engine, or one plain forward per branch."
     )
-    rerun: str | None = option(None, metavar="NAME", help="Also score with this function's layers run twice.")
+    knockout: Path | None = option(
+        None, metavar="FILE", help="Also score without the layer that this knockout.json leaves out."
+    )
+    rerun: str | None = option(
+        None,
+        metavar="LAYER|NAME",
+        form="list",
+        help="Also score with these layers, or this function's in the profile, run twice; and, as controls, "
+        "with every other place of as many layers.",
+    )
+    rerun_at: str = option(
+        "end", choices=RERUN_AT, help="When layers run again: after the last one, or each right after itself."
+    )
+    profile: str | None = option(
+        None, metavar="P", help="profile.json (a path or a Hub repo) for --rerun NAME."
+    )
     fail_if_drop: str | None = option(
         None,
         metavar="F=N,..",
@@ -265,8 +291,10 @@ class EvalConfig(ModelOptions):
             raise ConfigError("--match is for --data", "each probe pair says itself how it is judged")
         if any(layer < 0 for layer in self.drop_from):
             raise ConfigError("--drop-from takes 0-based layers", "write them like 24,20,16")
-        if self.rerun is not None:
+        if self.rerun is not None and not self.rerun[:1].isdigit():
             check_function_name(self.rerun)
+        elif self.rerun is not None:
+            parse_layers(self.rerun)
         if self.fail_if_drop is not None:
             for name in parse_weights(self.fail_if_drop, "--fail-if-drop"):
                 check_function_name(name)
@@ -280,13 +308,27 @@ class KnockoutConfig(ModelOptions):
 
     data: str = option(metavar="D", help="Rows to choose the layer on and to hold out.")
     image_root: Path | None = image_root_option()
-    shots: int = option(10, help="Rows to choose the layer on; the rest is held out.")
+    match: str = option(
+        "exact",
+        choices=MATCHES,
+        shared=False,
+        help="How rows are judged: the same text, the option named first, or boxes that overlap.",
+    )
+    shots: int = option(10, help="Rows of each task to choose the layer on; the rest is held out.")
+    module: str = option("attention", choices=MODULES, help="What of a layer is left out.")
+    path: str = option(
+        "engine", choices=PATHS, help="How: sharing what lies below a layer, or one plain forward per branch."
+    )
+    max_new_tokens: int = option(32, help="Longest generated answer, in tokens.")
+    batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
     output: Path = output_option("knockout.json")
     overwrite: bool = overwrite_option()
+    dry_run: bool = dry_run_option()
 
     def check(self) -> None:
         super().check()
-        at_least(self, shots=1)
+        # With fewer, no outcome is rarer by chance than the test's level: 2 ** -4.
+        at_least(self, shots=5, max_new_tokens=1, batch_tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +353,9 @@ class MergeConfig(Config):
 class ExportConfig(Config):
     """`vfl-train export`."""
 
-    source: Path = option(argument=True, metavar="DIR", help="Adapter or merged model to export.")
+    source: Path = option(
+        argument=True, metavar="DIR", help="Adapter or merged model to export; with --knockout, any model."
+    )
     output: Path = output_option("what can be published")
     target: str = option("peft", choices=TARGETS, help="Who will load it.")
     push_to_hub: str | None = option(

@@ -23,6 +23,8 @@ LANGUAGE = "language"  # the bucket of rows that do not need the image; never a 
 INTERVENTIONS = ("swap", "drop", "drop-from")
 PHASES = ("text", "decode")
 PATHS = ("engine", "reference")
+MODULES = ("attention", "mlp", "both")  # what of a layer a knockout leaves out
+RERUN_AT = ("end", "itself")  # when layers run again
 MATCHES = ("exact", "choice", "iou")
 STATUSES = ("ok", "not_measurable")
 LAYER_RULES = ("block", "paper")
@@ -270,7 +272,9 @@ def _are_shares(values: object) -> bool:
 class FunctionScore:
     """Accuracy in 0..1 with its Wilson interval; for an adapter also the base's and the change in points.
     `drop_from`: first dropped layer (as text) -> `accuracy`, `n`, `ci95` and `delta` (points against the
-    untouched model) over the questions with an image; absent where nothing was dropped."""
+    untouched model) over the questions with an image; absent where nothing was dropped. `knockout`, `rerun`:
+    `accuracy`, `n`, `ci95`, `delta` and `delta_ci95` (points against untouched, paired) with a layer left
+    out or layers run twice, those layers, and of a rerun `controls`: other layers (as text) -> accuracy."""
 
     accuracy: float
     n: int
@@ -278,6 +282,8 @@ class FunctionScore:
     base_accuracy: float | None = None
     delta: float | None = None
     drop_from: dict[str, dict[str, Any]] | None = None
+    knockout: dict[str, Any] | None = None
+    rerun: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if v is not None}

@@ -103,7 +103,8 @@ def test_ctrl_c() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_end_the_process_cleanly(number: signal.Signals, code: int, tmp_path: Path) -> None:
     script = (
-        "import pathlib, time\n"
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "from vfl_train.cli import main\n"
         "from vfl_train.cli.command import config_command\n"
         "from vfl_train.options import Config\n"

@@ -28,7 +28,7 @@ CONTRACT = {
     "lora": "model profile functions layers data output layer-rule per-function control dry-run deepspeed "
     "num-processes load-in-4bit cache-prefix",
     "eval": "model adapter probes data drop-from rerun fail-if-drop output",
-    "knockout": "model data shots output",
+    "knockout": "model data shots module output",
     "merge": "output",
     "export": "output target push-to-hub",
     "verify": "",
@@ -126,7 +126,6 @@ def test_env_shows_no_paths(monkeypatch) -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        "knockout --data d --output o",
         "migrate adapter --output o",
         "plan --profile p --functions ocr --emit swift",
     ],

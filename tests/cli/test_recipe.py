@@ -218,6 +218,7 @@ def test_yaml_and_command_line_mean_the_same(project: Path) -> None:
     select = ["--data", "d", "--profile", "profile/profile.json", "--output", "select", "--budget", "0.5"]
     assert recipe.config(SelectConfig) == parse("select", *select, "--mix", "ocr=0.25,count=0.75")
     evaluation = ["--adapter", "a", "--drop-from", "24,20", "--fail-if-drop", "ocr=1", "--output", "eval"]
+    evaluation += ["--profile", "profile/profile.json"]  # of a project, for --rerun NAME
     assert recipe.config(EvalConfig) == parse("eval", *evaluation)
 
 

@@ -184,11 +184,6 @@ def test_a_source_that_is_not_there_is_named(rows, tmp_path):
         evaluate(config_of(tmp_path / "out", data=str(rows), functions=()))
 
 
-def test_what_is_not_there_yet_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="not there yet"):
-        evaluate(config_of(tmp_path / "out", rerun="ocr"))
-
-
 def test_how_rows_are_judged(tmp_path):
     """Rows that expect the first letter of what is written: no answer is that alone, each begins with it."""
     rng, lines = np.random.default_rng(2), []

@@ -50,9 +50,7 @@ def test_a_merged_model_is_copied_and_verifies(adapter: Path, tmp_path: Path, re
     verify(VerifyConfig(folder=output, samples=1))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"target": "vllm"}, {"target": "gguf"}, {"push_to_hub": "a/b"}, {"knockout": Path("k.json")}]
-)
+@pytest.mark.parametrize("changes", [{"target": "vllm"}, {"target": "gguf"}, {"push_to_hub": "a/b"}])
 def test_what_is_not_there_yet_is_refused(adapter: Path, tmp_path: Path, changes: dict) -> None:
     with pytest.raises(ConfigError, match="not available yet"):
         export(ExportConfig(source=adapter, output=tmp_path / "out", **changes))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from tiny_models import LAYERS, tiny_vlm
 
-from vfl_train.errors import ConfigError
-from vfl_train.interventions import BASE, NOISE, Intervention, Row, drop, engine, read_out, swap
+from vfl_train.errors import ConfigError, NumericError
+from vfl_train.interventions import BASE, NOISE, Row, drop, engine, knockout, read_out, swap
+from vfl_train.interventions.layout import batches
 from vfl_train.interventions.readout import Cost
+from vfl_train.models.generation import generate
 
 QUESTION = "what text is written here ?"
 ANSWER = (7, 11, 5)
@@ -114,7 +118,7 @@ def test_prefix_keys_are_never_copied(vlm, monkeypatch):
     assert kept and read[: len(kept)] == kept
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 60, 120])
+@pytest.mark.parametrize("batch_tokens", [1, 25, 50])
 def test_the_token_budget_splits_batches_and_changes_nothing(vlm, batch_tokens):
     a, b = (vlm.prompt(QUESTION, [picture(seed)]) for seed in (0, 1))
     rows = sweep(a, lambda k: swap([k], "d"), donors={"d": b}) + sweep(b, lambda k: drop([k]))
@@ -144,8 +148,8 @@ def test_several_images_by_name(vlm):
 
 def test_what_goes_to_the_reference_path_is_counted_and_right(vlm):
     host, text = vlm.prompt(QUESTION, [picture(0)]), vlm.prompt(QUESTION, [])
-    knockout = (Intervention("knockout", frozenset([1])),)
-    rows = [Row(host, ANSWER), Row(host, ANSWER, knockout), Row(text, ANSWER), Row(host, ANSWER, drop([3]))]
+    mixed = knockout([1]) + drop([2])
+    rows = [Row(host, ANSWER), Row(host, ANSWER, mixed), Row(text, ANSWER), Row(host, ANSWER, drop([3]))]
     ours, cost = run(vlm, rows)
     assert cost.rows == 4 and cost.reference_rows == 2 and set(cost.reasons.values()) == {1}
     assert_equal(ours, run(vlm, rows, "reference")[0])
@@ -223,3 +227,40 @@ def test_base_rows_ride_with_their_branches(vlm):
     host = vlm.prompt(QUESTION, [picture(0)])
     (base, same), _ = run(vlm, [Row(host, ANSWER, BASE), Row(host, ANSWER, swap([2], "me"), {"me": host})])
     torch.testing.assert_close(torch.tensor(base.logprobs), torch.tensor(same.logprobs), atol=1e-6, rtol=0)
+
+
+def test_long_prompts_are_not_computed_anew_for_every_few_rows(vlm):
+    """Whatever the budget, rows of prompts that are there wait only for suffix tokens."""
+    a, b = (vlm.prompt(QUESTION, [picture(seed)]) for seed in (0, 1))
+    rows = [Row(a, ANSWER, swap([k], "d"), {"d": b}) for k in range(LAYERS)]
+    rows += [Row(b, ANSWER, swap([k], "d"), {"d": a}) for k in range(LAYERS)]
+    suffix = a.length - a.spans[0][1] + len(ANSWER)
+    found = list(batches(rows, len(rows) * suffix))
+    assert len(found) == 1 and 2 * a.length > suffix
+    assert [len(batch) for batch in batches(rows, 2 * suffix)] == [2] * (len(rows) // 2)
+
+
+def test_padding_counts_in_the_budget(vlm):
+    """One long prompt among short ones: what the batch holds is counted as padded."""
+    short, long = vlm.prompt("who ?", [picture(0)]), vlm.prompt(QUESTION * 8, [picture(1)])
+    rows = [Row(long, ANSWER), *(Row(replace(short), ANSWER) for _ in range(6))]
+    for batch in batches(rows, 4 * long.length):
+        prompts = len({id(row.prompt) for row in batch}) * max(row.prompt.length for row in batch)
+        assert len(batch) == 1 or prompts <= 4 * long.length
+
+
+def test_logits_that_are_not_finite_are_an_error(vlm):
+    host = vlm.prompt(QUESTION, [picture(0)])
+    weight = vlm.layers[1].mlp.down_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    try:
+        for path in ("engine", "reference"):
+            with pytest.raises(NumericError, match="not finite"):
+                run(vlm, [Row(host, ANSWER)], path)
+        with pytest.raises(NumericError, match="not finite"):
+            generate(vlm, [host], 3)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)

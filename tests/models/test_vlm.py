@@ -272,3 +272,17 @@ def test_a_folder_that_is_no_model(tmp_path, folder_of):
         (tmp_path / name).write_bytes((folder_of("llava") / name).read_bytes())
     with pytest.raises(ConfigError):
         VisionLanguageModel.load(str(tmp_path))
+
+
+def test_a_local_model_has_no_revisions(folder_of) -> None:
+    with pytest.raises(ConfigError, match="no revisions"):
+        VisionLanguageModel.load(str(folder_of("llava")), revision="main")
+
+
+def test_boxes_are_asked_for_only_where_pixels_are_the_pictures_own() -> None:
+    """The tiny Qwen2.5-VL shrinks images to 64 x 64 at most."""
+    vlm = tiny_vlm("qwen2_5_vl")
+    assert vlm.box_convention(64) == "pixels"
+    assert vlm.box_convention(448) is None
+    assert tiny_vlm("qwen2_vl").box_convention(448) == "relative-1000"
+    assert tiny_vlm("llava").box_convention(448) is None

@@ -15,7 +15,8 @@ def export(config: ExportConfig) -> None:
     """Write what can be published of an adapter or merged model.
 
     Only files on a list are copied, paths of this machine are removed, and the result is searched for
-    tokens before it is written or uploaded.
+    tokens before it is written or uploaded. With --knockout, a plain model is written instead, without the
+    layer that the file leaves out.
     """
     from vfl_train.hub.export import export as call
 

@@ -13,6 +13,7 @@ from vfl_train.data.images import open_image
 from vfl_train.data.readers import read_dataset
 from vfl_train.data.rows import ImageRef, Message, Row, user_message
 from vfl_train.errors import ConfigError, DataError
+from vfl_train.functions.builtin.canvas import SIZE
 from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def builtin_questions(config: EvalConfig, vlm: VisionLanguageModel) -> tuple[lis
     """What the built-in pairs ask, boxes as the model's family writes them, and a sha256 of it.
     Raises ConfigError."""
     probes = builtin_probe_set(
-        config.functions, _pairs(config), config.seed, world=vlm.world, box=vlm.family.box
+        config.functions, _pairs(config), config.seed, world=vlm.world, box=vlm.box_convention(SIZE)
     )
     return list(probe_questions(probes)), probes.sha256
 
@@ -76,8 +77,8 @@ def probe_questions(probes: ProbeSet) -> Iterator[Question]:
     for function, pairs in probes.pairs.items():
         for p in pairs:
             asked = (user_message(p.pair.question),)
-            yield Question(function, asked, (p.image_a,), p.pair.answer_a, p.pair.match)
-            yield Question(function, asked, (p.image_b,), p.pair.answer_b, p.pair.match)
+            yield Question(function, asked, (p.source_a,), p.pair.answer_a, p.pair.match)
+            yield Question(function, asked, (p.source_b,), p.pair.answer_b, p.pair.match)
 
 
 def row_questions(row: Row, match: str = "exact") -> Iterator[Question]:

@@ -14,13 +14,15 @@ from rich.table import Table
 
 from vfl_train.errors import ConfigError, VerificationError
 from vfl_train.evaluation.drop import DropFrom, show_drops
+from vfl_train.evaluation.layers import TouchedLayers, show_touched
 from vfl_train.evaluation.questions import Question, builtin_questions, load_questions, probe_questions
 from vfl_train.functions.matching import matches
 from vfl_train.interventions import Prompt
+from vfl_train.knockout.record import knockout_file
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.models.generation import Generated, generate
-from vfl_train.options import parse_weights
+from vfl_train.options import format_layers, parse_weights
 from vfl_train.progress import track
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
 from vfl_train.schemas import FunctionScore, read_json, wilson
@@ -41,8 +43,6 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
     Raises VerificationError (exit 4) if a function lost more than --fail-if-drop allows, after writing and
     also where the scorecard is there already; ConfigError and DataError before anything is written.
     """
-    if config.rerun:
-        raise ConfigError("eval --rerun is not there yet", "leave it out")
     config = replace(config, drop_from=tuple(sorted(set(config.drop_from), reverse=True)))
     allowed = parse_weights(config.fail_if_drop, "--fail-if-drop") if config.fail_if_drop else {}
     given = load_questions(config)  # before the model: a wrong path should not cost its loading
@@ -56,12 +56,17 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
         raise ConfigError(f"--fail-if-drop names {unknown[0]!r}, which is not measured here")
     drops = DropFrom(config.drop_from, config.path, config.batch_tokens)
     drops.check(vlm.num_layers)
+    touched = TouchedLayers.of(config, vlm.info, [q.function for q in questions])
     if config.dry_run:
-        estimate(vlm, questions, config, drops)
+        estimate(vlm, questions, config, drops, touched)
         return {}
     inputs = {"questions": digest, "model": model_digest(vlm)}
     if config.adapter is not None:  # its weights are in the model's digest, its scale is not
         inputs["adapter"] = file_sha256(Path(config.adapter) / "adapter_config.json")
+    if config.knockout is not None:
+        inputs["knockout"] = file_sha256(knockout_file(config.knockout))
+    if config.profile is not None:  # which layers run again is what counts of it
+        inputs["profile"] = format_layers(touched.twice)
     with RunFolder.open(
         config.output, fingerprint("eval", config, inputs, ("torch", "transformers")), config.overwrite
     ) as run:
@@ -69,22 +74,27 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
             print(f"already done: {run.folder}")
             card = read_json(run.folder / "scorecard.json")
         else:
-            card = run_questions(vlm, questions, config, drops)
+            card = run_questions(vlm, questions, config, drops, touched)
             run.write_json("scorecard.json", card)
     scores = {name: FunctionScore(**s) for name, s in card["functions"].items()}
     show(scores)
     if "drop_from" in card:
         show_drops(scores, card["drop_from"], vlm.num_layers)
+    show_touched(scores)
     check_gate(scores, allowed)
     return scores
 
 
 def run_questions(
-    vlm: VisionLanguageModel, questions: Sequence[Question], config: EvalConfig, drops: DropFrom
+    vlm: VisionLanguageModel,
+    questions: Sequence[Question],
+    config: EvalConfig,
+    drops: DropFrom,
+    touched: TouchedLayers,
 ) -> dict[str, Any]:
     """The content of scorecard.json."""
     scores = score(
-        vlm, questions, config.max_new_tokens, config.adapter is not None, config.batch_size, drops
+        vlm, questions, config.max_new_tokens, config.adapter is not None, config.batch_size, drops, touched
     )
     card: dict[str, Any] = {
         "model": config.model, "adapter": config.adapter and Path(config.adapter).name,
@@ -92,6 +102,8 @@ def run_questions(
     }  # fmt: skip
     if drops.layers:
         card["drop_from"] = drops.record()
+    if touched:
+        card["touched_layers"] = touched.record()
     return card
 
 
@@ -108,12 +120,13 @@ def check_gate(scores: dict[str, FunctionScore], allowed: dict[str, float]) -> N
 
 @dataclass(frozen=True)
 class Judged:
-    """One question's answers: right as the model is; by its base, if asked; and with the image dropped from
-    each layer on, if asked and there is an image."""
+    """One question's answers: right as the model is; by its base, if asked; with the image dropped from each
+    layer on, if asked and there is an image; and with layers left out or run twice, if asked."""
 
     right: bool
     base: bool | None
     dropped: dict[int, bool] | None
+    touched: dict[str, bool]
 
 
 def score(
@@ -123,13 +136,15 @@ def score(
     with_base: bool,
     batch_size: int | None = None,
     drops: DropFrom | None = None,
+    touched: TouchedLayers | None = None,
 ) -> dict[str, FunctionScore]:
     """Greedy answers judged per function, `batch_size` prompts at once; `with_base`: also with the adapter
-    switched off, on the same prompts; `drops`: also without the image from some layers on (the adapted
-    model)."""
+    switched off, on the same prompts; `drops`: also without the image from some layers on, `touched`:
+    also with layers left out or run twice (both the adapted model)."""
     questions = list(questions)
     drops = DropFrom(()) if drops is None else drops
-    judged = _judged(vlm, questions, max_new_tokens, with_base, batch_size, drops)
+    touched = TouchedLayers() if touched is None else touched
+    judged = _judged(vlm, questions, max_new_tokens, with_base, batch_size, drops, touched)
     results = list(track(judged, len(questions), "answering"))
     scores = {}
     for name in dict.fromkeys(q.function for q in questions):
@@ -141,6 +156,7 @@ def score(
             accuracy, len(mine), wilson(right, len(mine)), base,
             None if base is None else 100 * (accuracy - base),
             drops.scores([r.right for r in mine], [r.dropped for r in mine]) if drops.layers else None,
+            **touched.scores(name, [r.right for r in mine], [r.touched for r in mine]),
         )  # fmt: skip
     return scores
 
@@ -152,6 +168,7 @@ def _judged(
     with_base: bool,
     batch_size: int | None,
     drops: DropFrom,
+    touched: TouchedLayers,
 ) -> Iterator[Judged]:
     """One result a question, in order."""
 
@@ -169,7 +186,8 @@ def _judged(
             with vlm.model.disable_adapter():
                 before = right(answers(prompts), chunk)
         dropped = drops.right(vlm, chunk, outputs, max_new_tokens)
-        yield from map(Judged, right(outputs, chunk), before, dropped)
+        others = touched.right(vlm, chunk, outputs, max_new_tokens)
+        yield from map(Judged, right(outputs, chunk), before, dropped, others)
 
 
 def _chunks(
@@ -190,7 +208,11 @@ def _chunks(
 
 
 def estimate(
-    vlm: VisionLanguageModel, questions: Sequence[Question], config: EvalConfig, drops: DropFrom
+    vlm: VisionLanguageModel,
+    questions: Sequence[Question],
+    config: EvalConfig,
+    drops: DropFrom,
+    touched: TouchedLayers,
 ) -> None:
     """--dry-run: say how much there is to answer, and how long the first question takes by itself."""
     counts = Counter(q.function for q in questions)
@@ -199,6 +221,7 @@ def estimate(
         "as the model is": len(questions),
         "by its base": len(questions) if config.adapter is not None else 0,
         "with the image dropped": pictured * len(drops.layers),
+        "with layers left out or run twice": sum(n * len(touched.branches(f)) for f, n in counts.items()),
     }
     print(f"{len(questions)} questions: {', '.join(f'{name} {n}' for name, n in counts.items())}")
     print(f"{sum(passes.values())} answers: {', '.join(f'{n} {how}' for how, n in passes.items() if n)}")
@@ -207,7 +230,7 @@ def estimate(
     seconds = 0.0
     for _ in range(2):  # the first time warms up
         start = time.perf_counter()
-        score(vlm, [first], config.max_new_tokens, config.adapter is not None, 1, drops)
+        score(vlm, [first], config.max_new_tokens, config.adapter is not None, 1, drops, touched)
         seconds = time.perf_counter() - start
     print(f"about {seconds * len(questions) / 60:.1f} min one by one; in batches it is faster")
 

@@ -112,3 +112,31 @@ processor = AutoProcessor.from_pretrained("THIS_FOLDER")
 
 {_LICENCE}
 """
+
+
+def knockout_card(base: str | None, layer: int, projections: list[str], dtype: str) -> str:
+    """README.md of a model with a layer's projections out zeroed."""
+    head = {
+        "base_model": base,
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vision-function-layers", "vfl-train", "knockout"],
+    }
+    zeroed = " and ".join(f"`{name}`" for name in projections)
+    return f"""{_front_matter(head)}
+# {base} without {zeroed} of layer {layer}
+
+A plain transformers model in {dtype}: the weights of the base model, with {zeroed} of decoder layer
+{layer} zero (weight and bias), so that it adds nothing to the residual stream. `vfl-train knockout` chose
+the layer for one task; what it does to others is not said here: measure it with `vfl-train eval`.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")
+processor = AutoProcessor.from_pretrained("THIS_FOLDER")
+```
+
+{_LICENCE}
+"""

@@ -27,14 +27,18 @@ _COMMON = (*_PROCESSOR, "README.md", "logits_reference.json", "LICENSE", "NOTICE
 _ADAPTER = (
     *_COMMON, WEIGHTS, CONFIG, "profile.json", "plan.json", "selection.json", "train_config.yaml",
 )  # fmt: skip
-_MERGED = (*_COMMON, "config.json", "generation_config.json", "model.safetensors.index.json", "merge.json")
+_MERGED = (
+    *_COMMON, "config.json", "generation_config.json", "model.safetensors.index.json", "merge.json",
+    "knocked_out.json",
+)  # fmt: skip
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors\Z")
 log = logging.getLogger(__name__)
 _TEXT = (".json", ".md", ".yaml", ".jinja", ".txt")
 
 
 def export(config: ExportConfig) -> Path:
-    """Copy the adapter or merged model of `config` for plain PEFT or transformers.
+    """Copy the adapter or merged model of `config` for plain PEFT or transformers; with --knockout, write the
+    model without the layer that the file leaves out.
 
     Returns:
         The output folder, with a manifest of its own.
@@ -45,6 +49,10 @@ def export(config: ExportConfig) -> Path:
         VerificationError: a file was changed since it was written.
     """
     _refuse_unbuilt(config)
+    if config.knockout is not None:
+        from vfl_train.hub.knockout import export_knockout
+
+        return export_knockout(config)
     source = Path(config.source)
     if not source.is_dir():
         raise ConfigError(f"there is no folder {source}", "give the output of lora or merge")
@@ -74,8 +82,6 @@ def _refuse_unbuilt(config: ExportConfig) -> None:
         raise ConfigError(f"--target {config.target} is not available yet", "use --target peft")
     if config.push_to_hub is not None:
         raise ConfigError("--push-to-hub is not available yet", "upload the folder with `hf upload`")
-    if config.knockout is not None:
-        raise ConfigError("--knockout is not available yet", "leave it out")
 
 
 def exported_names(source: Path, is_adapter: bool) -> list[str]:

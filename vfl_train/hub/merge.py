@@ -58,7 +58,7 @@ def merge(config: MergeConfig) -> Path:
             log.info("%s: already done", config.output)
             return run.folder
         record = merge_into(vlm, adapters, names)
-        _save(vlm, run.folder)
+        save_model(vlm, run.folder)
         run.write_json(MERGE_RECORD, {"base": public_name(base), "revision": revision, **record["merge"]})
         run.write_json(REFERENCE, record["reference"])
         difference = record["merge"]["difference"]["value"]
@@ -178,7 +178,7 @@ def _described(adapter: AdapterInfo, name: str) -> dict[str, Any]:
     }
 
 
-def _save(vlm: VisionLanguageModel, folder: Path) -> None:
+def save_model(vlm: VisionLanguageModel, folder: Path) -> None:
     """Weights (safetensors), configuration, processor and generation settings; weight names must be the
     base's own. Raises VerificationError."""
     vlm.model.save_pretrained(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfl_train.errors import ConfigError, VerificationError, VflError
+from vfl_train.hub.knockout import KNOCKOUT_RECORD
 from vfl_train.hub.load import CONFIG, WEIGHTS, AdapterInfo, check_adapter
 from vfl_train.hub.manifest import verify_manifest
 from vfl_train.hub.merge import MERGE_RECORD, base_of
@@ -145,9 +146,10 @@ def _merged_checks(folder: Path) -> list[Check]:
         return _require(there, "generation_config.json is missing", "generation_config.json is there")
 
     def recorded() -> str:
-        record = read_json(folder / MERGE_RECORD)
+        knocked_out = folder / KNOCKOUT_RECORD
+        record = read_json(knocked_out if knocked_out.is_file() else folder / MERGE_RECORD)
         difference, bound = record["difference"]["value"], record["difference"]["bound"]
-        return _require(difference <= bound, "the merge moved the logits", f"{difference:.2e} when merged")
+        return _require(difference <= bound, "its making moved the logits", f"{difference:.2e} when made")
 
     return [
         _check("model_folder", trusted),

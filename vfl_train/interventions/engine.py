@@ -10,6 +10,8 @@ At the last layer only the positions that are read go through the MLP, and they 
 so that the model's own norm and head (and their scalings) make the logits. Embedding, merging of image
 features, positions, masks, deep-stack additions: all the model's own, so no family is known here.
 
+Branches that touch whole sequences (knockout, uniform, rerun) have no prefix to share: `tail` runs them.
+
 Exact where a bound token cannot change the prefix, that is where no bound token precedes the last image and
 attention is causal beyond it; other rows run on the reference path, counted in `Cost` with the reason.
 
@@ -39,6 +41,7 @@ from vfl_train.interventions.reference import (
     read_logits,
     read_out_reference,
 )
+from vfl_train.interventions.tail import read_out_tail, whole_sequences
 from vfl_train.interventions.tokens import NotExact, TokenTensors
 from vfl_train.kernels import vision_kv_attention
 from vfl_train.models.batching import stack
@@ -64,39 +67,42 @@ def read_out_engine(
     """Read-outs of `rows` in order; see `readout.read_out`, whose errors it raises."""
     for row in rows:
         check_row(vlm, row)
+    tail = partial(read_out_tail, batch_tokens=batch_tokens)
     for batch in batches(rows, batch_tokens):
-        reasons = [why_not(row) for row in batch]
-        ours = [row for row, reason in zip(batch, reasons, strict=True) if reason is None]
-        found: list[ReadOut] = []
-        if ours:
+        whole = whole_sequences(batch)
+        reasons = [None if tails else why_not(row) for row, tails in zip(batch, whole, strict=True)]
+        found: dict[bool, Iterator[ReadOut]] = {}
+        for tails, run in ((False, _run), (True, tail)):
+            ours = [row for row, t, r in zip(batch, whole, reasons, strict=True) if t == tails and r is None]
             try:
-                found = _run(vlm, ours, cost)
+                found[tails] = iter(run(vlm, ours, cost=cost) if ours else ())
             except NotExact as e:
-                reasons = [reason or str(e) for reason in reasons]
+                reasons = [
+                    str(e) if t == tails and r is None else r for t, r in zip(whole, reasons, strict=True)
+                ]
         theirs = [row for row, reason in zip(batch, reasons, strict=True) if reason is not None]
         cost.reference_rows += len(theirs)
         cost.reasons.update(reason for reason in reasons if reason is not None)
-        by_engine, by_reference = iter(found), read_out_reference(vlm, theirs, batch_tokens, cost)
-        for reason in reasons:
-            yield next(by_engine if reason is None else by_reference)
+        by_reference = read_out_reference(vlm, theirs, batch_tokens, cost)
+        for tails, reason in zip(whole, reasons, strict=True):
+            yield next(found[tails] if reason is None else by_reference)
 
 
-def _run(vlm: VisionLanguageModel, rows: Sequence[Row], cost: Cost) -> list[ReadOut]:
-    """One batch. Raises NotExact; `cost` is then as it was."""
-    layout, spent = Layout(rows), Cost()
+def _run(vlm: VisionLanguageModel, rows: Sequence[Row], cost: Cost) -> Iterator[ReadOut]:
+    """One batch. Raises NotExact; what was computed until then is in `cost`, the rows are not."""
+    layout = Layout(rows)
     inputs = stack(vlm, [(p, layout.longest_context(n)) for n, p in enumerate(layout.prompts)])
     # Padding stands on the right, where a causal mask hides it; a mask that says so again would only keep
     # the fast kernels away.
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    sweep = _Sweep(vlm, layout, spent)
+    sweep = _Sweep(vlm, layout, cost)
     with _installed(vlm, sweep):
         logits = vlm.model(**inputs, use_cache=False).logits
-    spent.rows = len(rows)
-    spent.head_tokens = logits.shape[0] * logits.shape[1]
-    cost.add(spent)
+    cost.rows += len(rows)
+    cost.head_tokens += logits.shape[0] * logits.shape[1]
     slots = [sweep.readers.index(place.slot) for place in layout.places]
     columns = [sweep.columns_of(place) for place in layout.places]
-    return list(read_logits([logits[s] for s in slots], columns, rows))
+    return read_logits([logits[s] for s in slots], columns, rows)
 
 
 @contextmanager

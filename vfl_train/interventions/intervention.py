@@ -5,6 +5,13 @@
             (same prompt, equal grid; VFL, arXiv 2509.24791, visual token swapping).
 `knockout`  the self-attention (or MLP, or both) output of these layers is zero for all tokens
             (TaLo, arXiv 2602.01167).
+`uniform`   the self-attention of these layers weighs all keys that a query may see alike, for all tokens
+            (TaLo's second form).
+`rerun`     these layers run once more, all positions, on keys and values of their own: in ascending order
+            after the last layer and before the final norm (`at="end"`; VFL's layer run twice), or each right
+            after itself (`at="itself"`).
+
+The last three know no images: `spans` and `phase` mean nothing to them.
 
 Bound queries are all non-image tokens after the first touched span; with phase `decode` only those from
 the last prompt token on. Tokens before the span and image queries are never touched; positions stay.
@@ -16,9 +23,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vfl_train.errors import ConfigError
+from vfl_train.schemas import MODULES, RERUN_AT
 
-KINDS = ("drop", "swap", "knockout")
-MODULES = ("attention", "mlp", "both")
+KINDS = ("drop", "swap", "knockout", "uniform", "rerun")
+WHOLE_SEQUENCE = ("knockout", "uniform", "rerun")  # the kinds that touch every token, image and all
 DIFFERENT_BOUNDS = "interventions of one branch bind different queries at the same layer"
 NOISE = "noise"  # the donor name of a swap with random K and V of the host's norms
 
@@ -26,7 +34,8 @@ NOISE = "noise"  # the donor name of a swap with random K and V of the host's no
 @dataclass(frozen=True)
 class Intervention:
     """One intervention. `layers` are 0-based decoder layers; `spans` are image indices of the prompt
-    (None: all of them); `donor` names the donor prompt of a swap; `module` is what a knockout silences."""
+    (None: all of them); `donor` names the donor prompt of a swap; `module` is what a knockout silences; `at`
+    is when a rerun happens."""
 
     kind: str
     layers: frozenset[int]
@@ -34,6 +43,7 @@ class Intervention:
     phase: str = "text"
     donor: str | None = None
     module: str = "attention"
+    at: str = "end"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -42,6 +52,8 @@ class Intervention:
             raise ConfigError(f"unknown phase {self.phase!r}", "use text or decode")
         if self.module not in MODULES:
             raise ConfigError(f"unknown module {self.module!r}", f"use one of {', '.join(MODULES)}")
+        if self.at not in RERUN_AT:
+            raise ConfigError(f"unknown time of a rerun {self.at!r}", "use end or itself")
         if (self.kind == "swap") != (self.donor is not None):
             raise ConfigError("a swap needs a donor, and only a swap has one")
 
@@ -66,6 +78,31 @@ def swap(
 ) -> Branch:
     """A branch in which bound queries see `donor`'s image at `layers`."""
     return (Intervention("swap", frozenset(layers), _spans(spans), phase, donor),)
+
+
+def knockout(layers: Iterable[int], module: str = "attention") -> Branch:
+    """A branch without the attention (or mlp, or both) of `layers`."""
+    return (Intervention("knockout", frozenset(layers), module=module),)
+
+
+def uniform(layers: Iterable[int]) -> Branch:
+    """A branch in which attention at `layers` weighs all visible keys alike."""
+    return (Intervention("uniform", frozenset(layers)),)
+
+
+def rerun(layers: Iterable[int], at: str = "end") -> Branch:
+    """A branch that runs `layers` once more: after the last layer (`end`) or each right after `itself`."""
+    return (Intervention("rerun", frozenset(layers), at=at),)
+
+
+def check_branch(branch: Branch) -> None:
+    """Raises ConfigError for a layer that runs again and is touched in another way, too: which of its runs
+    would be meant?"""
+    again = [layer for item in branch if item.kind == "rerun" for layer in item.layers]
+    other = {layer for item in branch if item.kind != "rerun" for layer in item.layers}
+    for layer in sorted(again):
+        if layer in other or again.count(layer) > 1:
+            raise ConfigError(f"layer {layer} runs again and is touched in another way, too", "choose one")
 
 
 def _spans(spans: Iterable[int] | None) -> frozenset[int] | None:

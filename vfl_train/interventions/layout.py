@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vfl_train.errors import ConfigError
-from vfl_train.interventions.intervention import DIFFERENT_BOUNDS, NOISE, Intervention
+from vfl_train.interventions.intervention import DIFFERENT_BOUNDS, NOISE, WHOLE_SEQUENCE, Intervention
 from vfl_train.interventions.readout import Prompt, Row
 
 Source = list[int]  # of each span: -1 dropped, n read from prompt n, this row's prompt: plain
@@ -45,8 +45,8 @@ def why_not(row: Row) -> str | None:
     """Why the engine cannot run a row exactly, or None."""
     if not row.prompt.spans:
         return "no image in the prompt"
-    if any(item.kind == "knockout" for item in row.branch):
-        return "a knockout touches the prefix"
+    if any(item.kind in WHOLE_SEQUENCE for item in row.branch):
+        return "an intervention on whole sequences beside one on images"
     end = row.prompt.spans[-1][1]
     if any(first_bound(row.prompt, item) < end for item in row.branch):
         return "text between images is bound"
@@ -171,21 +171,29 @@ def _prefix_end(row: Row) -> int:
 
 
 def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Consecutive rows, at most `batch_tokens` tokens a batch: prompts and donors once, and of every row
-    what follows its last image."""
+    """Consecutive rows that run together: prompts (donors too) and suffixes, padded to the longest of each,
+    hold at most `batch_tokens` tokens. Rows of prompts that are in the batch already are held to that by
+    their suffixes alone: however long a prompt is, its prefix is not computed anew for every few rows."""
     batch: list[Row] = []
-    seen: set[int] = set()
-    tokens = 0
+    prompts: dict[int, int] = {}
+    longest = 0
     for row in rows:
-        end = row.prompt.spans[-1][1] if row.prompt.spans else 0
-        suffix = row.prompt.length + len(row.answer) - end
-        prompts = {id(p): p.length for p in (row.prompt, *row.donors.values())}
-        new = sum(length for key, length in prompts.items() if key not in seen)
-        if batch and tokens + new + suffix > batch_tokens:
+        new = {id(p): p.length for p in (row.prompt, *row.donors.values())}
+        together = prompts | new
+        suffix = max(longest, _suffix(row))
+        suffixes = (len(batch) + 1) * suffix
+        known = len(together) == len(prompts)
+        held = suffixes if known else suffixes + len(together) * max(together.values())
+        if batch and held > batch_tokens:
             yield batch
-            batch, seen, tokens, new = [], set(), 0, sum(prompts.values())
+            batch, together, suffix = [], new, _suffix(row)
         batch.append(row)
-        seen |= prompts.keys()
-        tokens += new + suffix
+        prompts, longest = together, suffix
     if batch:
         yield batch
+
+
+def _suffix(row: Row) -> int:
+    """Tokens of a row after its last image."""
+    end = row.prompt.spans[-1][1] if row.prompt.spans else 0
+    return row.prompt.length + len(row.answer) - end

@@ -23,10 +23,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from vfl_train.errors import ConfigError
-from vfl_train.interventions.intervention import DIFFERENT_BOUNDS, NOISE, Intervention
+from vfl_train.interventions.hooks import run_again, silence, silenced_modules
+from vfl_train.interventions.intervention import (
+    DIFFERENT_BOUNDS,
+    NOISE,
+    WHOLE_SEQUENCE,
+    Intervention,
+    check_branch,
+)
 from vfl_train.interventions.readout import Cost, Prompt, ReadOut, Row
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.batching import stack
+from vfl_train.models.generation import check_finite
 
 NAME = "vfl_reference"
 
@@ -43,10 +51,13 @@ class Edit:
 
 @dataclass
 class Plan:
-    """The edits of a batch: per layer for attention, per layer and module for knockouts (row indices)."""
+    """The edits of a batch: per layer for attention, per layer and module for knockouts, per layer for
+    uniform attention and, with the time, for layers that run again (row indices)."""
 
     edits: dict[int, list[Edit]] = field(default_factory=dict)
     silenced: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    uniform: dict[int, list[int]] = field(default_factory=dict)
+    again: dict[tuple[int, str], list[int]] = field(default_factory=dict)
 
 
 _PLAN: ContextVar[Plan | None] = ContextVar("vfl_reference_plan", default=None)
@@ -81,6 +92,9 @@ def _reference_attention(module, query, key, value, attention_mask, scaling=None
         raise ConfigError(f"{type(module).__name__} passes no attention mask: no reference path for it")
     if (reason := check_attention(module, kwargs)) is not None:
         raise ConfigError(reason)
+    if module.layer_idx in plan.uniform:
+        query = query.clone()
+        query[plan.uniform[module.layer_idx]] = 0  # equal scores: equal weights
     out = _attend(query, key, value, attention_mask, scaling)
     edits = plan.edits.get(module.layer_idx)
     if edits:
@@ -116,20 +130,9 @@ def _installed(vlm: VisionLanguageModel, plan: Plan) -> Iterator[None]:
         stack.callback(setattr, config, "_attn_implementation", before)
         for (layer, name), rows in plan.silenced.items():
             module = getattr(vlm.layers[layer], name)
-            stack.callback(module.register_forward_hook(_silence(rows)).remove)
+            stack.callback(module.register_forward_hook(silence(rows)).remove)
+        run_again(vlm, plan.again, stack)
         yield
-
-
-def _silence(rows: list[int]):
-    """Forward hook that zeroes the output of `rows`."""
-
-    def hook(module, args, output):
-        first = output[0] if isinstance(output, tuple) else output
-        first = first.clone()
-        first[rows] = 0
-        return (first, *output[1:]) if isinstance(output, tuple) else first
-
-    return hook
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -137,6 +140,7 @@ def _silence(rows: list[int]):
 
 def check_row(vlm: VisionLanguageModel, row: Row) -> None:
     """Raises ConfigError for layers and images that do not exist and for swaps of unequal grids."""
+    check_branch(row.branch)
     for item in row.branch:
         item.check(vlm.num_layers)
         for layer in item.layers:
@@ -183,16 +187,15 @@ def _add_edits(
 ) -> None:
     """Enter one intervention of the batch row `index` into the plan."""
     touched = range(len(row.prompt.spans)) if item.spans is None else sorted(item.spans)
-    if item.kind == "knockout":
-        family = vlm.family
-        names = {
-            "attention": (family.attention,),
-            "mlp": (family.mlp,),
-            "both": (family.attention, family.mlp),
-        }[item.module]
+    if item.kind in WHOLE_SEQUENCE:
         for layer in item.layers:
-            for name in names:
-                plan.silenced.setdefault((layer, name), []).append(index)
+            if item.kind == "uniform":
+                plan.uniform.setdefault(layer, []).append(index)
+            elif item.kind == "rerun":
+                plan.again.setdefault((layer, item.at), []).append(index)
+            else:
+                for name in silenced_modules(vlm, item.module):
+                    plan.silenced.setdefault((layer, name), []).append(index)
         return
     if not touched:
         return  # nothing to read in a text-only prompt
@@ -258,9 +261,9 @@ def read_out_reference(
         with _installed(vlm, plan):
             logits = vlm.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         if cost is not None:
-            tokens = sum(r.prompt.length + len(r.answer) for r in batch) + sum(p.length for p in donors)
+            tokens = inputs["input_ids"].numel()
             cost.rows += len(batch)
-            cost.token_layers += tokens * (vlm.num_layers - 1)
+            cost.token_layers += tokens * (vlm.num_layers - 1 + len(plan.again))
             cost.last_layer_tokens += tokens
             cost.head_tokens += len(wanted) * len(logits)
         column = {position: i for i, position in enumerate(wanted)}
@@ -271,10 +274,13 @@ def read_out_reference(
 def read_logits(
     logits: Iterable[torch.Tensor], columns: Sequence[Sequence[int]], rows: Sequence[Row]
 ) -> Iterator[ReadOut]:
-    """Read-outs from each row's logits [positions, V]; `columns`: where its read positions stand."""
+    """Read-outs from each row's logits [positions, V]; `columns`: where its read positions stand. Raises
+    NumericError."""
     for row_logits, at, row in zip(logits, columns, rows, strict=False):
         scores = row_logits[list(at)].float()
-        predicted = scores.argmax(-1).tolist()
+        best, argmax = scores.max(-1)
+        check_finite(best)
+        predicted = argmax.tolist()
         tokens = row.target_tokens()
         if not tokens:
             yield ReadOut((), (), (), predicted[0])

@@ -41,7 +41,7 @@ class TokenTensors:
         if mask is not None and id(mask) not in self.checked:
             self._check_mask(mask)
             self.checked[id(mask)] = mask
-        cut = _map(kwargs, lambda t, axis: t.narrow(axis, 0, self.prefix))
+        cut = map_token_tensors(kwargs, lambda t, axis: t.narrow(axis, 0, self.prefix))
         return {**cut, "attention_mask": None if mask is None else mask[..., : self.prefix, : self.prefix]}
 
     def of_suffixes(self, kwargs: dict[str, Any], slots: int) -> dict[str, Any]:
@@ -53,11 +53,11 @@ class TokenTensors:
                 self.gathered[id(t)] = t, _take(t, axis, prompts, self.positions)
             return self.gathered[id(t)][1].narrow(axis - 1, 0, slots)
 
-        return {**_map(kwargs, gather), "attention_mask": None}
+        return {**map_token_tensors(kwargs, gather), "attention_mask": None}
 
     def at_positions(self, kwargs: dict[str, Any], slots: torch.Tensor, at: torch.Tensor) -> dict[str, Any]:
         """Of what `of_suffixes` gave: slots [n, 1], suffix positions [n, m]."""
-        return _map(kwargs, lambda t, axis: _take(t, axis, slots, at))
+        return map_token_tensors(kwargs, lambda t, axis: _take(t, axis, slots, at))
 
     def _check_mask(self, mask: torch.Tensor) -> None:
         """mask [prompts or 1, 1, T, T], bool (True: seen) or additive."""
@@ -72,7 +72,9 @@ class TokenTensors:
             raise NotExact("text does not see all before it (a sliding window shorter than the prompt?)")
 
 
-def _map(kwargs: dict[str, Any], cut: Callable[[torch.Tensor, int], torch.Tensor]) -> dict[str, Any]:
+def map_token_tensors(
+    kwargs: dict[str, Any], cut: Callable[[torch.Tensor, int], torch.Tensor]
+) -> dict[str, Any]:
     """`cut` applied to every tensor with a token axis. Raises NotExact for tensors nobody knows of."""
     out = {}
     for name, value in kwargs.items():

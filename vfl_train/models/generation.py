@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
+from vfl_train.errors import NumericError
 from vfl_train.models.batching import stack
 
 if TYPE_CHECKING:
@@ -23,6 +24,21 @@ class Generated:
 
     tokens: tuple[int, ...]
     text: str
+
+
+def check_finite(best: torch.Tensor) -> None:
+    """Raises NumericError unless all of `best`, the largest logits, are finite: an argmax of NaN looks like
+    any other token."""
+    if not bool(best.isfinite().all()):
+        raise NumericError("the model's logits are not finite", "try --dtype float32 or bfloat16")
+
+
+class _Finite(LogitsProcessor):
+    """Looks at the raw logits of every step and leaves them as they are."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check_finite(scores.amax(-1))
+        return scores
 
 
 @contextmanager
@@ -48,7 +64,7 @@ def generate(
 ) -> list[Generated]:
     """Greedy outputs of `prompts`, in order. Sampling settings and penalties of the model's generation
     config are ignored, its end tokens are used. Prompts of equal length share a batch of at most
-    `batch_tokens` tokens and `batch_size` prompts, so there is no padding."""
+    `batch_tokens` tokens and `batch_size` prompts, so there is no padding. Raises NumericError."""
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].length)
     out: dict[int, Generated] = {}
     with _greedy(vlm) as config:
@@ -60,7 +76,9 @@ def generate(
             batch = [i for i in order[:size] if prompts[i].length == length]
             order = order[len(batch) :]
             inputs = stack(vlm, [(prompts[i], ()) for i in batch])
-            ids = vlm.model.generate(**inputs, generation_config=config)[:, length:]
+            ids = vlm.model.generate(**inputs, generation_config=config, logits_processor=[_Finite()])[
+                :, length:
+            ]
             for i, row in zip(batch, ids.tolist(), strict=True):
                 tokens = _until_end(row, vlm.eos_token_ids)
                 out[i] = Generated(tokens, vlm.decode(tokens))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from vfl_train.data.collator import Encoder
+from vfl_train.data.collator import Encoder, pad_token_id
 from vfl_train.data.placeholders import Place
 from vfl_train.data.rows import Message, user_message
 from vfl_train.errors import ConfigError, HubError
@@ -55,6 +55,8 @@ def local_folder(name: str, revision: str | None = None, weights: bool = True) -
         HubError: the Hub cannot be reached.
     """
     path, local = resolve_name(name)
+    if local and revision is not None:
+        raise ConfigError(f"{name} is a folder here and has no revisions", "leave --revision out")
     if local:
         folder = Path(path)
     else:
@@ -62,6 +64,11 @@ def local_folder(name: str, revision: str | None = None, weights: bool = True) -
         folder = _fetch(path, revision, [*TEXT_FILES, "*.safetensors"] if weights else TEXT_FILES)
     check_model_folder(folder, weights)
     return folder
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a model that came from the Hub: the name of its folder in the cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -175,7 +182,7 @@ class VisionLanguageModel:
             from vfl_train.hub.load import load_adapter
 
             model = load_adapter(model, adapter)
-        return cls(model, processor, name, revision, folder)
+        return cls(model, processor, name, _commit(folder) or revision, folder)
 
     # --- facts ---------------------------------------------------------------------------------
 
@@ -191,6 +198,12 @@ class VisionLanguageModel:
     def world(self) -> str | None:
         """The drawn world that a phantom, or a model made of one, was trained in; None for all others."""
         return getattr(self.config, "vfl_world", None)
+
+    def box_convention(self, side: int) -> str | None:
+        """How this model writes boxes in square pictures of `side` pixels (see `Family.box`), or None: it was
+        not trained to, or the pixels it counts in are not the picture's since --max-pixels shrinks it."""
+        limit = (getattr(self.processor.image_processor, "size", None) or {}).get("longest_edge", side**2)
+        return None if self.family.box == "pixels" and limit < side**2 else self.family.box
 
     @property
     def device(self) -> torch.device:
@@ -247,14 +260,18 @@ class VisionLanguageModel:
 
     @cached_property
     def pad_token_id(self) -> int:
-        tokenizer = self.processor.tokenizer
-        return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        """The id to pad with."""
+        return pad_token_id(self.processor.tokenizer)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: generation_config's, else the tokenizer's."""
         ids = getattr(self.base.generation_config, "eos_token_id", None)
         ids = self.processor.tokenizer.eos_token_id if ids is None else ids
+        if ids is None:
+            raise ConfigError(
+                f"neither {self.name_or_path} nor its tokenizer names a token that ends an answer"
+            )
         return tuple(ids) if isinstance(ids, Iterable) else (int(ids),)
 
     # --- prompts -------------------------------------------------------------------------------

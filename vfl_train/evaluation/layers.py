@@ -1,0 +1,179 @@
+"""`eval --knockout FILE` and `--rerun LAYER|FUNCTION`: what a model answers right with a layer left out, or
+with layers run twice and, as controls, every other place of as many layers run twice instead.
+
+Knockout: TaLo, arXiv 2602.01167. Layers run twice: function-level scaling of VFL, arXiv 2509.24791; without
+controls a gain there shows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vfl_train.errors import ConfigError
+from vfl_train.evaluation.questions import Question
+from vfl_train.functions.matching import matches
+from vfl_train.hub.load import load_profile
+from vfl_train.interventions import Branch, Prompt, Row, knockout, rerun
+from vfl_train.interventions.generation import generate_under
+from vfl_train.interventions.readout import Cost
+from vfl_train.knockout.choice import paired_gain
+from vfl_train.knockout.record import Knockout
+from vfl_train.models.generation import Generated
+from vfl_train.options import format_layers, parse_layers
+from vfl_train.schemas import FunctionScore, ModelInfo, wilson
+
+if TYPE_CHECKING:
+    from vfl_train.config import EvalConfig
+    from vfl_train.models import VisionLanguageModel
+
+OUT = "knockout"  # names that branch; the others are named by the layers that run twice
+
+
+@dataclass
+class TouchedLayers:
+    """What is also scored: `out`, the layers to leave out by function, and `twice`, the layers to run twice
+    (`at` the end or right after itself). `path`, `batch_tokens`, `cost` as for `read_out`."""
+
+    out: Knockout | None = None
+    twice: tuple[int, ...] = ()
+    at: str = "end"
+    depth: int = 0
+    path: str = "engine"
+    batch_tokens: int = 8192
+    cost: Cost = field(default_factory=Cost)
+
+    @classmethod
+    def of(cls, config: EvalConfig, model: ModelInfo, functions: Sequence[str]) -> TouchedLayers:
+        """What `config` asks of `model` and these functions. Raises ConfigError: a file or profile of another
+        model, a layer or function that is not there, a knockout that abstained throughout."""
+        out = None
+        if config.knockout is not None:
+            out = Knockout.load(config.knockout)
+            out.check_model(model)
+            if all(out.layer_of(name) is None for name in functions):
+                raise ConfigError(
+                    f"{config.knockout} leaves out no layer for what is asked here: it abstained"
+                )
+        twice = () if config.rerun is None else _layers_of(config, model)
+        return cls(out, twice, config.rerun_at, model.num_layers, config.path, config.batch_tokens)
+
+    def __bool__(self) -> bool:
+        return self.out is not None or bool(self.twice)
+
+    def branches(self, function: str) -> dict[str, Branch]:
+        """Every branch to score a question of `function` under."""
+        found: dict[str, Branch] = {}
+        layer = None if self.out is None else self.out.layer_of(function)
+        if self.out is not None and layer is not None:
+            found[OUT] = knockout([layer], self.out.module)
+        if self.twice:
+            for first in range(self.depth - (self.twice[-1] - self.twice[0])):
+                moved = [k - self.twice[0] + first for k in self.twice]
+                found[format_layers(moved)] = rerun(moved, self.at)
+        return found
+
+    def right(
+        self,
+        vlm: VisionLanguageModel,
+        asked: Sequence[tuple[Question, Prompt]],
+        outputs: Sequence[Generated],
+        max_new_tokens: int,
+    ) -> list[dict[str, bool]]:
+        """Branch -> whether the answer is right. The untouched model's `outputs` are the drafts."""
+        branches = [self.branches(question.function) for question, _ in asked]
+        rows = [
+            Row(prompt, output.tokens, branch)
+            for (_, prompt), output, own in zip(asked, outputs, branches, strict=True)
+            for branch in own.values()
+        ]
+        said = iter(generate_under(vlm, rows, max_new_tokens, self.path, self.batch_tokens, self.cost))
+        return [
+            {name: matches(vlm.decode(next(said)), question.answer, question.match) for name in own}
+            for (question, _), own in zip(asked, branches, strict=True)
+        ]
+
+    def scores(
+        self, function: str, untouched: Sequence[bool], touched: Sequence[dict[str, bool]]
+    ) -> dict[str, dict[str, Any]]:
+        """scorecard.json's `knockout` and `rerun` of one function."""
+        found: dict[str, dict[str, Any]] = {}
+        names = self.branches(function)
+        if self.out is not None and OUT in names:
+            after = [t[OUT] for t in touched]
+            about = {"layer": self.out.layer_of(function), "module": self.out.module}
+            found["knockout"] = about | _paired(untouched, after)
+        if self.twice:
+            own = format_layers(self.twice)
+            controls = {
+                name: sum(t[name] for t in touched) / len(touched) for name in names if name not in (OUT, own)
+            }
+            found["rerun"] = {
+                "layers": list(self.twice), "at": self.at,
+                **_paired(untouched, [t[own] for t in touched]), "controls": controls,
+            }  # fmt: skip
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """How it was computed, for scorecard.json."""
+        return {
+            "path": self.path, "rows": self.cost.rows, "reference_rows": self.cost.reference_rows,
+            "reasons": dict(self.cost.reasons),
+        }  # fmt: skip
+
+
+def _layers_of(config: EvalConfig, model: ModelInfo) -> tuple[int, ...]:
+    """The layers of --rerun: themselves, or a function's in the profile."""
+    assert config.rerun is not None
+    if config.rerun[:1].isdigit():
+        layers = parse_layers(config.rerun)
+    else:
+        if config.profile is None:
+            raise ConfigError(f"--rerun {config.rerun} needs --profile", "or name layers, like --rerun 22")
+        profile = load_profile(config.profile)
+        profile.check_model(model)
+        layers = tuple(sorted(profile.layers_of(config.rerun)))
+    if layers[-1] >= model.num_layers:
+        raise ConfigError(f"--rerun {layers[-1]} is outside this model's layers 0-{model.num_layers - 1}")
+    return layers
+
+
+def _paired(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy with its interval, and points gained against untouched with theirs (paired)."""
+    right, n = sum(after), len(after)
+    gain, interval = paired_gain(before, after)
+    return {
+        "accuracy": right / n, "n": n, "ci95": wilson(right, n), "delta": gain, "delta_ci95": interval
+    }  # fmt: skip
+
+
+def show_touched(scores: dict[str, FunctionScore]) -> None:
+    """Print a table of what was left out, and one of what ran twice beside its controls."""
+    out = {name: s.knockout for name, s in scores.items() if s.knockout is not None}
+    twice = {name: s.rerun for name, s in scores.items() if s.rerun is not None}
+    if out:
+        table = Table("function", "n", "untouched", "without", "accuracy", "gain (95 %), points")
+        for name, k in out.items():
+            what = f"layer {k['layer']} ({k['module']})"
+            table.add_row(name, str(k["n"]), f"{scores[name].accuracy:.1%}", what, *_cells(k))
+        table.title = "a layer left out"
+        Console().print(table)
+    if twice:
+        table = Table("function", "n", "untouched", "twice", "accuracy", "gain (95 %), points", "controls")
+        for name, r in twice.items():
+            controls = list(r["controls"].values()) or [scores[name].accuracy]
+            mean = sum(controls) / len(controls)
+            spread = f"{min(controls):.1%} to {max(controls):.1%}, mean {mean:.1%}"
+            layers = format_layers(r["layers"])
+            table.add_row(name, str(r["n"]), f"{scores[name].accuracy:.1%}", layers, *_cells(r), spread)
+        table.title = "layers run twice; controls: as many layers elsewhere"
+        Console().print(table)
+
+
+def _cells(score: dict[str, Any]) -> tuple[str, str]:
+    low, high = score["delta_ci95"]
+    return f"{score['accuracy']:.1%}", f"{score['delta']:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -1,0 +1,87 @@
+"""Forward hooks on decoder layers that the implementations of whole-sequence interventions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vfl_train.models import VisionLanguageModel
+
+Rows = Sequence[int] | slice  # of the batch
+Again = Callable[[int, torch.Tensor, dict[str, Any]], Any]  # (layer, hidden, its arguments) -> its output
+
+
+def silenced_modules(vlm: VisionLanguageModel, module: str) -> list[str]:
+    """What a knockout of `module` silences, by name inside a decoder layer."""
+    names = {"attention": vlm.family.attention, "mlp": vlm.family.mlp}
+    return list(names.values()) if module == "both" else [names[module]]
+
+
+def silence(rows: Rows) -> Callable:
+    """Forward hook that zeroes the output of `rows`."""
+
+    def hook(module, args, output):
+        hidden = hidden_of(output).clone()
+        hidden[rows] = 0
+        return like(output, hidden)
+
+    return hook
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states in what a module returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def like(output: Any, hidden: torch.Tensor) -> Any:
+    """`hidden` in the form in which `output` was returned."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def run_again(
+    vlm: VisionLanguageModel,
+    rows_of: Mapping[tuple[int, str], Rows],
+    undo: ExitStack,
+    again: Again | None = None,
+) -> None:
+    """Make decoder layers run once more on the whole batch, and the result count for some rows.
+
+    Args:
+        rows_of: (layer, `end` or `itself`) -> the rows that it counts for.
+        undo: is given what removes the hooks.
+        again: how a layer runs once more. None: with the arguments that it had.
+    """
+    given: dict[int, dict[str, Any]] = {}
+
+    def keep(layer: int) -> Callable:
+        def hook(module, args, kwargs):
+            given[layer] = kwargs  # masks and positions differ between layers
+
+        return hook
+
+    def hook_of(layers: list[int], at: str) -> Callable:
+        def hook(module, args, output):
+            hidden = hidden_of(output)
+            for layer in layers:
+                if again is None:  # `forward`, not the call: the hooks here must not find themselves
+                    second = vlm.layers[layer].forward(hidden, **given[layer])
+                else:
+                    second = again(layer, hidden, given[layer])
+                hidden, rows = hidden.clone(), rows_of[layer, at]
+                hidden[rows] = hidden_of(second)[rows]
+            return like(output, hidden)
+
+        return hook
+
+    for layer, at in rows_of:
+        undo.callback(vlm.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
+        if at == "itself":
+            undo.callback(vlm.layers[layer].register_forward_hook(hook_of([layer], at)).remove)
+    if at_end := sorted(layer for layer, at in rows_of if at == "end"):
+        # Registered last: what the last layer does right after itself comes before.
+        last = vlm.layers[vlm.num_layers - 1]
+        undo.callback(last.register_forward_hook(hook_of(at_end, "end")).remove)
