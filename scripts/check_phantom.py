@@ -5,9 +5,10 @@
     python scripts/check_phantom.py phantom --output DIR --recovery 10
 
 Bars, on unseen scenes, 200 questions a function: accuracy at least 98 %; a swap at the planted layer flips
-at least 97 % of the answered directions, a swap two or more layers away changes at most 2 %. Of the twin
-nothing is demanded. Also: how well a linear probe on the frozen tower's tokens separates handwritten digits
-(the ceiling of what LoRA can reach there), and what the untouched model makes of handwriting.
+at least 97 % of the answered directions, a swap two or more layers away changes at most 2 %. Exit code 1 if
+one is missed. Of the twin (a model whose name ends in "unplanted") nothing is demanded. Also: how well a
+linear probe on the frozen tower's tokens separates handwritten digits (the ceiling of what LoRA can reach
+there), and what the untouched model makes of handwriting.
 
 With --recovery N: profile the model and the unplanted twin with N probe seeds each, nothing else, and say how
 often exactly the planted layer was found as peak and as flip block. Exit code 1 if the phantom missed one.
@@ -37,6 +38,8 @@ from vfl_train.profiling.measure import measure_function
 from vfl_train.profiling.run import profile
 from vfl_train.profiling.sweep import Sweeper
 from vfl_train.schemas import BUILTIN_FUNCTIONS, Profile
+
+ACCURACY, FLIPS, AWAY = 0.98, 0.97, 0.02  # the bars above
 
 
 def digit_probe(vlm: VisionLanguageModel, scenes: int = 1500) -> tuple[float, float]:
@@ -89,7 +92,7 @@ def swap_table(found: Profile) -> list[str]:
     ]
     for name, f in found.functions.items():
         k = PLANTED[name]
-        away = max((r for i, r in enumerate(f.change_rate) if abs(i - k) >= 2), default=0.0)
+        away = _away(f.change_rate, k)
         flips = f.flip_rate[k] if f.flip_rate else float("nan")
         peak = "-" if f.peak_layer is None else f"{f.peak_layer} ({f.change_rate[f.peak_layer]:.1%})"
         block = format_layers(f.flip_block)
@@ -97,6 +100,27 @@ def swap_table(found: Profile) -> list[str]:
             f"| {name} | {k} | {f.pairs_answered}/{f.pairs} | {peak} | {flips:.1%} | {away:.1%} | {block} |"
         )
     return lines
+
+
+def missed_bars(found: Profile, accuracy: dict[str, float]) -> list[str]:
+    """Which of the bars in this file's docstring a phantom with this profile and these accuracies misses."""
+    missed = []
+    for name, k in PLANTED.items():
+        f = found.functions[name]
+        if accuracy[name] < ACCURACY:
+            missed.append(f"{name}: accuracy {accuracy[name]:.1%}, at least {ACCURACY:.0%} is wanted")
+        flips = f.flip_rate[k] if f.flip_rate else 0.0
+        if flips < FLIPS:
+            missed.append(f"{name}: layer {k} flips {flips:.1%}, at least {FLIPS:.0%} is wanted")
+        away = _away(f.change_rate, k)
+        if away > AWAY:
+            missed.append(f"{name}: 2+ layers away {away:.1%} change, at most {AWAY:.0%} is wanted")
+    return missed
+
+
+def _away(change_rate: list[float], planted: int) -> float:
+    """The largest change rate two or more layers away from the planted one."""
+    return max((r for i, r in enumerate(change_rate) if abs(i - planted) >= 2), default=0.0)
 
 
 Found = dict[str, list[tuple[int | None, list[int]]]]
@@ -183,6 +207,12 @@ def main() -> None:
         "digit_probe": {"single": single, "strings": strings},
     }
     (arguments.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    missed = (
+        [] if arguments.model.rstrip("/").endswith("unplanted") else missed_bars(found, summary["accuracy"])
+    )
+    if missed:
+        print("\nbars missed:", *missed, sep="\n")
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

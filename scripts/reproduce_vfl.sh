@@ -53,13 +53,13 @@ PAIRS=${PAIRS:-100}           # a function; below 20 answered ones nothing is co
 DROP_FROM=${DROP_FROM:-24,20,16}
 COMPUTE=${COMPUTE:-engine}    # or reference: one plain forward a branch, slower, equal within rounding
 LIMIT=${LIMIT:-}              # rows a benchmark; all of them if empty
-MAX_PIXELS=${MAX_PIXELS:-1003520}   # 1280 x 28 x 28, as in the authors' trainings; of their tables it is not said
+MAX_PIXELS=${MAX_PIXELS-1003520}   # 1280 x 28 x 28, as in the authors' trainings (of their tables it is not said); empty: no cap
 # Files of questions, each optional.
 TEXTVQA=${TEXTVQA:-} OCRBENCH=${OCRBENCH:-} CHARTQA=${CHARTQA:-} POPE=${POPE:-} SQA=${SQA:-}
 
 model=(--model "$MODEL" --path "$COMPUTE")
 [ -z "$REVISION" ] || model+=(--revision "$REVISION")
-[ "${MODEL#phantom}" != "$MODEL" ] || model+=(--max-pixels "$MAX_PIXELS")
+[ "${MODEL#phantom}" != "$MODEL" ] || [ -z "$MAX_PIXELS" ] || model+=(--max-pixels "$MAX_PIXELS")
 
 drop() { # NAME MATCH FILE: R7-R9 of one benchmark, whose answers are the text alone or the option named first
     if [ -z "$3" ]; then

@@ -93,6 +93,16 @@ def test_every_image_has_a_donor_with_its_own_answer_and_one_with_another(functi
             assert any(n != number and a != answer for n, a in entries)
 
 
+@pytest.mark.parametrize("convention", pairs.BOXES)
+def test_boxes_come_in_twos_with_equal_boxes_in_other_pictures(convention):
+    found = some("grounding", 20, 0, convention)
+    for one, twin in zip(found[::2], found[1::2], strict=True):
+        texts = [(p.pair.question, p.pair.answer_a, p.pair.answer_b) for p in (one, twin)]
+        assert texts[0] == texts[1]
+        assert one.image_a.tobytes() != twin.image_a.tobytes()
+    assert len({p.pair.answer_a for p in found}) == 10
+
+
 @pytest.mark.parametrize(
     ("function", "answers", "share"),
     [("recognition", 2, 0.5), ("emotion", 5, 0.2), ("count", 6, 1 / 6), ("grounding", 4, 0.25)],
@@ -234,11 +244,9 @@ def test_grounding_boxes_hold_the_object(convention, scale):
             seen = ",".join(str(v / scale) for v in extent(drawn(image)))
             assert matches(seen, answer, "iou")
             assert matches(f'{{"bbox_2d": [{seen}], "label": "it"}}', answer, "iou")
-    chosen = some("grounding", 20)
-    assert [p.image_a.tobytes() for p in chosen] == [
-        p.image_a.tobytes() for p in some("grounding", 20, 0, convention)
-    ]
-    assert all(box(p.pair.answer_a) is None for p in chosen)
+    first, second = ([p.image_a.tobytes() for p in some("grounding", 20, 0, box)] for box in pairs.BOXES)
+    assert first == second  # the conventions differ in their words alone
+    assert all(box(p.pair.answer_a) is None for p in some("grounding", 20))
     with pytest.raises(ValueError, match="percent"):
         probe_set(["grounding"], 2, box="percent")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from vfl_train.config import ProbesConfig
+from vfl_train.data.rows import ImageRef
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.functions.check import check_probes
 from vfl_train.functions.probes import BadPair, builtin_probe_set, load_probe_set, save_probe_set, scan
@@ -51,8 +54,8 @@ def test_good_pairs_are_grouped_by_function(folder):
         ({**GOOD, "image_b": "http://example.org/b.png"}, "image"),
         ({**GOOD, "question": ""}, "question"),
         ({**GOOD, "answer_b": " X."}, "same answer"),
-        ({**GOOD, "answer_a": "x", "answer_b": "x 5", "match": "choice"}, "same answer"),
-        ({**GOOD, "answer_a": "x 5", "answer_b": "x", "match": "choice"}, "same answer"),
+        ({**GOOD, "answer_a": "no", "answer_b": "no 5", "match": "choice"}, "same answer"),
+        ({**GOOD, "answer_a": "no 5", "answer_b": "no", "match": "choice"}, "same answer"),
         ({**GOOD, "answer_b": "?!"}, "no letter and no digit"),
         ({**GOOD, "answer_a": "1,2,3,4", "match": "iou"}, "answer_b is no box"),
         ({**GOOD, "answer_a": "0,0,9,9", "answer_b": "0,0,9,8", "match": "iou"}, "same answer"),
@@ -73,6 +76,32 @@ def test_a_bad_pair_refuses_the_set_and_names_its_line(folder, line, reason):
     with pytest.raises(DataError, match=f"line 2: .*{reason}") as caught:
         load_probe_set(folder)
     assert "probes check" in caught.value.fix
+
+
+def test_pairs_of_a_folder_are_decoded_at_access_and_not_held(folder):
+    write(folder, GOOD, {**GOOD, "function": "count"}, GOOD)
+    probes = load_probe_set(folder, ["ocr"], limit=1)
+    assert probes.available == {"ocr": 2} and len(probes.pairs["ocr"]) == 1
+    (loaded,) = probes.pairs["ocr"]
+    assert isinstance(loaded.source_a, ImageRef) and isinstance(loaded.source_b, ImageRef)
+    assert loaded.image_a is not loaded.image_a and loaded.image_a.getpixel((0, 0)) == (255, 0, 0)
+    assert loaded.image_b.getpixel((0, 0)) == (0, 0, 255)
+    (folder / "b.png").unlink()
+    with pytest.raises(DataError, match=r"b\.png is not there"):
+        assert loaded.image_b
+
+
+def test_the_sha256_is_that_of_the_file_and_of_every_image(folder):
+    write(folder, GOOD, {**GOOD, "function": "count", "image_a": "b.png", "image_b": "a.png"})
+    red, blue = (Image.open(folder / name).convert("RGB").tobytes() for name in ("a.png", "b.png"))
+    wanted = hashlib.sha256((folder / "pairs.jsonl").read_bytes() + red + blue + blue + red).hexdigest()
+    assert load_probe_set(folder).sha256 == load_probe_set(folder, ["ocr"], limit=1).sha256 == wanted
+
+
+def test_a_set_has_the_name_of_its_folder(folder, monkeypatch):
+    write(folder, GOOD)
+    monkeypatch.chdir(folder)
+    assert load_probe_set(Path(".")).name == folder.name
 
 
 def test_unknown_function_and_missing_file_are_config_errors(folder):

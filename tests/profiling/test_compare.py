@@ -57,7 +57,10 @@ def test_an_adapter_that_changes_nothing_moves_nothing(tmp_path, base, capsys):
     assert base_profile(str(adapter)) is None and base_profile(None) is None
     (adapter / "profile.json").write_bytes((base / "profile.json").read_bytes())
     found = profile(settings(tmp_path / "out", adapter=str(adapter)))
-    assert found.compared_with == {"emotion": {"peak_layer": None, "flip_block": [], "largest_change": 0.0}}
+    before = Profile.load(base).functions["emotion"]
+    assert found.functions["emotion"].change_rate == before.change_rate
+    # Of two pairs nothing is concluded, not even that nothing moved.
+    assert found.compared_with == {"emotion": {"peak_layer": None, "flip_block": [], "largest_change": None}}
     assert "did training move the layers?" in capsys.readouterr().out
     assert Profile.load(tmp_path / "out").compared_with == found.compared_with
     other = profile(settings(tmp_path / "drop", adapter=str(adapter), intervention="drop"))
@@ -80,4 +83,14 @@ def test_what_moved():
     base = Profile(None, "swap", "text", "engine", "", 0, {}, {}, {"ocr": before, "count": before})  # type: ignore[arg-type]
     found = compare(base, {"ocr": after, "emotion": after})
     assert found == {"ocr": {"peak_layer": 1, "flip_block": [1], "largest_change": pytest.approx(0.7)}}
-    assert compare(base, {"ocr": replace(after, change_rate=[])})["ocr"]["largest_change"] is None
+    few = replace(after, status="not_measurable", pairs_answered=3)
+    assert compare(base, {"ocr": few})["ocr"]["largest_change"] is None
+
+
+def test_another_scale_of_the_adapter_is_another_run(tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", 0.0)
+    profile(settings(tmp_path / "out", adapter=str(adapter)))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 16}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="adapter"):
+        profile(settings(tmp_path / "out", adapter=str(adapter)))

@@ -11,9 +11,12 @@ from PIL import Image
 
 from vfl_train.cli import main
 from vfl_train.config import ProfileConfig
+from vfl_train.errors import DataError
 from vfl_train.functions.probes import save_probe_set
 from vfl_train.phantom.architecture import LAYERS, PLANTED
 from vfl_train.phantom.datasets import probe_set
+from vfl_train.profiling import run
+from vfl_train.profiling.measure import _drop_profile
 from vfl_train.profiling.run import profile
 from vfl_train.schemas import Profile
 
@@ -59,6 +62,7 @@ def test_controls(found):
     assert set(f.controls) == {"self", "nuisance", "unrelated", "noise"}
     assert f.controls["self"] == [0.0] * LAYERS
     assert max(f.controls["nuisance"]) < 0.5 < f.controls["unrelated"][PLANTED["emotion"]]
+    assert f.details["control_directions"] == {"self": 4, "nuisance": 4, "unrelated": 4, "noise": 4}
 
 
 def test_the_file_follows_the_contract(found):
@@ -80,6 +84,29 @@ def test_the_file_follows_the_contract(found):
         assert len(rates) == LAYERS
     assert Image.open(config.output / "profile.png").format == "PNG"
     assert "<h3>emotion</h3>" in (config.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_settings_say_what_was_in_force(found):
+    settings = found[1].settings
+    assert (settings["pairs"], settings["control_pairs"], settings["own_probes"]) == (22, 2, False)
+    assert settings["drop_points"] == 1.0
+    assert (settings["answer_tokens"], settings["box_answer_tokens"]) == (32, 64)
+
+
+def test_a_limit_is_what_counts_as_pairs(tmp_path):
+    assert profile(config_of(tmp_path / "out", pairs=3, limit=1, control_pairs=0)).settings["pairs"] == 1
+
+
+def test_an_estimate_that_fails_leaves_an_older_run_alone(tmp_path, monkeypatch):
+    profile(config_of(tmp_path / "out", pairs=1, control_pairs=0))
+
+    def fail(*args):
+        raise DataError("no forward fits")
+
+    monkeypatch.setattr(run, "estimate", fail)
+    with pytest.raises(DataError, match="no forward fits"):
+        profile(config_of(tmp_path / "out", pairs=2, control_pairs=0, overwrite=True))
+    assert Profile.load(tmp_path / "out").settings["pairs"] == 1
 
 
 def test_drop_curve_and_plan(found):
@@ -136,7 +163,7 @@ def test_drops(tmp_path, intervention):
     f = profile(config).functions["emotion"]
     assert f.status == "ok" and f.flip_rate == [] and f.controls == {} and f.flip_block == []
     rates, planted = f.change_rate, PLANTED["emotion"]
-    assert f.peak_layer == planted and planted in f.layers
+    assert f.peak_layer == planted and planted in f.layers and not f.distributed
     if intervention == "drop-from":
         assert min(rates[: planted + 1]) > 0.5 > max(rates[planted + 1 :])
     else:
@@ -149,6 +176,11 @@ def test_drops(tmp_path, intervention):
         assert found.drop_plan["emotion"]["from_layer"] >= planted + 1
     else:
         assert found.drop_curve == found.drop_plan == {}
+
+
+def test_distributed_speaks_of_flip_blocks_alone():
+    wide = _drop_profile(False, 20, 20, [0.9] * LAYERS, [[0.8, 1.0]] * LAYERS)
+    assert len(wide.layers) == LAYERS and not wide.distributed
 
 
 def test_fewer_than_20_answered_pairs_are_not_measurable(tmp_path):
@@ -183,7 +215,10 @@ def test_a_probe_folder_gives_what_the_builtin_pairs_give(tmp_path):
     assert result.exit_code == 0, result.stderr
     found = Profile.load(tmp_path / "out")
     assert found.functions["emotion"].pairs_answered == 1
-    assert found.probe_set["name"] == "probes"
+    assert found.probe_set["name"] == "probes" and found.settings["own_probes"] is True
+    assert "pairs are used" not in result.stdout
+    result = run_cli(tmp_path / "fewer", "--probes", tmp_path / "probes", "--limit", 1)
+    assert "emotion: the first 1 of 2 pairs are used (--pairs)" in result.stdout.splitlines()
 
 
 def test_images_of_unequal_size_exit_3_naming_the_line(tmp_path):

@@ -30,8 +30,9 @@ def test_clustered_intervals_are_wider_when_pairs_agree():
 def test_peak_breaks_ties_by_flips_then_by_index_and_needs_the_floor():
     assert peak([0.2, 0.9, 0.9], [0, 0.1, 0.5], [0, 0, 0]) == 2
     assert peak([0.9, 0.9], [0.5, 0.5], [0, 0]) == 0
-    assert peak([0.1, 0.3], [0, 0], [0, 0.3]) is None
+    assert peak([0.1, 0.3], [0, 0], [0, 0.3]) == 0 and peak([0.1, 0.3], [0, 0], [0.1, 0.3]) is None
     assert peak([0.0, 0.0], [0, 0], [0, 0]) is None
+    assert peak([0.9, 0.5, 0.6], [0, 0, 0], [0.95, 0.1, 0.1]) == 2  # the best of those above their floor
 
 
 def test_papers_block_is_contiguous_half_peak_and_above_the_floor():

@@ -222,10 +222,13 @@ def test_the_command_repeats_the_profile(full_profile):
     assert words[:4] == ["vfl-train", "profile", "--model", "some model; rm -rf /"]
     given = {words[i][2:].replace("-", "_"): words[i + 1] for i in range(2, len(words), 2)}
     assert given.keys() <= ProfileConfig.__dataclass_fields__.keys(), "an option that the command lacks"
-    assert given["functions"] == "ocr,count" and given["drop_points"] == "1.0" and given["seed"] == "7"
+    assert given["functions"] == "ocr,count" and given["seed"] == "7"
     assert given["pairs"] == "50" and "revision" not in given and "probes" not in given
-    own = replace(profile, probe_set={"name": "my probes", "sha256": "1"})
-    assert "--probes 'my probes'" in command(own)
+    mine = {"name": "my probes", "sha256": "1"}
+    own = replace(profile, probe_set=mine, settings={"own_probes": True, "drop_points": 2.5})
+    assert "--probes 'my probes'" in command(own) and "--drop-points 2.5" in command(own)
+    named = replace(own, probe_set={"name": "builtin-like", "sha256": "1"})
+    assert "--probes builtin-like" in command(named)
 
 
 def test_function_rows_of_what_is_not_measurable(profile_of, nothing):

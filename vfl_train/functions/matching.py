@@ -19,8 +19,9 @@ def matches(output: str, expected: str, match: str = "exact") -> bool:
     """Whether `output` gives `expected`.
 
     `exact`: equal after `normalise`. `choice`: the output starts with the option (a letter or word, as in
-    "B", "(B)", "B. the car"); an expected "B. the car" is given by its letter or by its words. `iou`: both
-    hold four numbers and the boxes overlap by more than one half.
+    "B", "(B)", "B. the car"); an expected "B. the car" is given by its letter or by its words. A letter must
+    stand alone: "A red car" does not choose A. `iou`: both hold four numbers and the boxes overlap by more
+    than one half.
     """
     if match == "iou":
         a, b = box(output), box(expected)
@@ -29,17 +30,21 @@ def matches(output: str, expected: str, match: str = "exact") -> bool:
     if match == "choice":
         option = _OPTION.fullmatch(wanted)
         if option is None:
-            return _starts(given, wanted)
+            alone = len(wanted) == 1 and wanted.isalpha()
+            return _stands_alone(given, wanted) if alone else _starts(given, wanted)
         letter, words = option.groups()
-        # The letter must stand alone: "A red car" does not choose A.
-        alone = re.match(rf"{letter}(?:$|[^\w\s])", given) is not None
-        return alone or _starts(given, words) or _starts(given, f"{letter} {words}")
+        return _stands_alone(given, letter) or _starts(given, words) or _starts(given, f"{letter} {words}")
     return given == wanted
 
 
+def _stands_alone(text: str, letter: str) -> bool:
+    """Whether `text` starts with `letter` and then ends or goes on with a mark: it is no word, like "a"."""
+    return re.match(rf"{re.escape(letter)}(?:$|(?!-\w)[^\w\s])", text) is not None
+
+
 def _starts(text: str, word: str) -> bool:
-    """Whether `text` starts with `word`, and not with a longer word."""
-    return re.match(rf"{re.escape(word)}(?!\w)", text) is not None
+    """Whether `text` starts with `word`, and not with a longer word ("no-one" is longer than "no")."""
+    return re.match(rf"{re.escape(word)}(?!-?\w)", text) is not None
 
 
 def box(text: str) -> tuple[float, float, float, float] | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
 from vfl_train.data.images import open_image, resolve_image
-from vfl_train.data.rows import one_line
+from vfl_train.data.rows import ImageRef, one_line
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.functions.matching import box as box_of
 from vfl_train.functions.matching import matches, normalise
@@ -26,12 +26,27 @@ PAIRS_FILE = "pairs.jsonl"
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A probe pair with its line number and decoded images of equal size."""
+    """A probe pair with its line number and two images of equal size: decoded ones, or files that are decoded
+    at each access to `image_a` and `image_b`, so that the pixels of a large set are not held."""
 
     line: int
     pair: ProbePair
-    image_a: Image.Image
-    image_b: Image.Image
+    source_a: Image.Image | ImageRef
+    source_b: Image.Image | ImageRef
+
+    @property
+    def image_a(self) -> Image.Image:
+        """RGB. Raises DataError if its file cannot be read (any more)."""
+        return _decoded(self.source_a)
+
+    @property
+    def image_b(self) -> Image.Image:
+        """As `image_a`."""
+        return _decoded(self.source_b)
+
+
+def _decoded(source: Image.Image | ImageRef) -> Image.Image:
+    return open_image(source) if isinstance(source, ImageRef) else source
 
 
 @dataclass(frozen=True)
@@ -44,16 +59,18 @@ class BadPair:
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """The pairs of each function, in file order. `sha256` covers the pair file and every image."""
+    """The pairs of each function, in file order. `sha256` covers the pair file and every image; `available`
+    says how many pairs of each function the folder holds (empty for sets that were drawn)."""
 
     name: str
     sha256: str
     pairs: dict[str, list[LoadedPair]]
+    available: dict[str, int] = field(default_factory=dict)
 
 
 def scan(folder: Path) -> Iterator[LoadedPair | BadPair]:
-    """Every non-empty line of the pair file: usable or the reason why not. Raises ConfigError if there is
-    no pair file."""
+    """Every non-empty line of the pair file: usable, with decoded images, or the reason why not. Raises
+    ConfigError if there is no pair file."""
     path = folder / PAIRS_FILE
     if not path.is_file():
         raise ConfigError(f"{folder} holds no {PAIRS_FILE}", "give a probe folder (see the README)")
@@ -117,7 +134,8 @@ def _check_pair(pair: ProbePair, a: Image.Image, b: Image.Image) -> None:
 
 
 def load_probe_set(folder: Path, functions: Sequence[str] = (), limit: int | None = None) -> ProbeSet:
-    """The pairs of `functions` (all if empty), at most `limit` each.
+    """The pairs of `functions` (all if empty), at most `limit` each. Every image is decoded once to check and
+    hash it, and let go: the pairs keep references to the files.
 
     Raises DataError (file, line, reason) for the first bad pair, ConfigError for a function without pairs.
     """
@@ -130,10 +148,11 @@ def load_probe_set(folder: Path, functions: Sequence[str] = (), limit: int | Non
                 f"mend or remove it; `vfl-train probes check {folder}` lists every bad pair",
             )
         digest.update(found.image_a.tobytes() + found.image_b.tobytes())
-        kept = pairs.setdefault(found.pair.function, [])
-        if limit is None or len(kept) < limit:  # the others' images need not stay in memory
-            kept.append(found)
-    return ProbeSet(folder.name, digest.hexdigest(), _choose(pairs, functions, limit))
+        a, b = (resolve_image(p, folder) for p in (found.pair.image_a, found.pair.image_b))
+        pairs.setdefault(found.pair.function, []).append(replace(found, source_a=a, source_b=b))
+    chosen = _choose(pairs, functions, limit)
+    available = {name: len(pairs[name]) for name in chosen}
+    return ProbeSet(folder.resolve().name, digest.hexdigest(), chosen, available)
 
 
 def _choose(

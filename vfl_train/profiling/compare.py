@@ -29,16 +29,19 @@ def load_base(path: Path, vlm: VisionLanguageModel, intervention: str, phase: st
 
 def compare(base: Profile, functions: dict[str, FunctionProfile]) -> dict[str, dict[str, Any]]:
     """Per function that both profiles have: the base's peak layer and flip block, and the largest difference
-    of the change rates at any layer (None where one of them has no rates)."""
+    of the change rates at any layer (None unless the function was measurable in both)."""
     return {
         name: {
             "peak_layer": base.functions[name].peak_layer, "flip_block": base.functions[name].flip_block,
-            "largest_change": _largest(base.functions[name].change_rate, f.change_rate),
+            "largest_change": _largest(base.functions[name], f),
         }
         for name, f in functions.items()
         if name in base.functions
     }  # fmt: skip
 
 
-def _largest(before: list[float], after: list[float]) -> float | None:
-    return max(abs(a - b) for a, b in zip(before, after, strict=True)) if before and after else None
+def _largest(before: FunctionProfile, after: FunctionProfile) -> float | None:
+    if (before.status, after.status) != ("ok", "ok"):
+        return None
+    changes = zip(before.change_rate, after.change_rate, strict=True)
+    return max((abs(a - b) for a, b in changes), default=None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
+from vfl_train.functions.matching import matches
 from vfl_train.interventions import NOISE, Prompt, swap
 from vfl_train.profiling.sweep import DONOR, AnsweredPair, Ask, Sweeper
 
@@ -14,10 +16,15 @@ CACHED = 8  # partners' prompts held at once
 Side = tuple[int, int]  # index of an answered pair; 0 for its image a, 1 for b
 
 
-def controls(sweeper: Sweeper, answered: Sequence[AnsweredPair], pairs: int) -> dict[str, list[float]]:
+def controls(
+    sweeper: Sweeper, answered: Sequence[AnsweredPair], pairs: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Change rate per layer of swaps with the host itself (`self`), with another pair's image of the same
     question and answer (`nuisance`) or of another answer (`unrelated`), and with `noise`, over the first
-    `pairs` answered pairs. Empty where no direction has such a donor."""
+    `pairs` answered pairs; and how many directions each rests on. Empty where no direction has such a donor.
+
+    `noise` is one fixed draw, the same in every run and independent of the profile's seed.
+    """
     depth = sweeper.vlm.num_layers
     layers = range(depth)
     rates: dict[str, list[list[bool]]] = {name: [] for name in CONTROLS}
@@ -33,7 +40,7 @@ def controls(sweeper: Sweeper, answered: Sequence[AnsweredPair], pairs: int) -> 
         for d in (d for both in chunk for d in both):
             host = next(hosts)
             donors = {
-                "self": d.host,
+                "self": replace(d.host),  # a copy: a donor that is the host would be run as if plain
                 "nuisance": _prompt(partner(answered, host, same=True), prompt_of),
                 "unrelated": _prompt(partner(answered, host, same=False), prompt_of),
             }
@@ -46,10 +53,11 @@ def controls(sweeper: Sweeper, answered: Sequence[AnsweredPair], pairs: int) -> 
         found = sweeper.judge(asks)
         for i, name in enumerate(names):
             rates[name].append([o.changed for o in found[i * depth : (i + 1) * depth]])
-    return {
+    by_layer = {
         name: [sum(row[k] for row in rows) / len(rows) for k in layers] if rows else []
         for name, rows in rates.items()
     }
+    return by_layer, {name: len(rows) for name, rows in rates.items()}
 
 
 def _prompt(side: Side | None, prompt_of: Callable[[Side], Prompt]) -> Prompt | None:
@@ -57,16 +65,22 @@ def _prompt(side: Side | None, prompt_of: Callable[[Side], Prompt]) -> Prompt | 
 
 
 def partner(answered: Sequence[AnsweredPair], host: Side, same: bool) -> Side | None:
-    """Another pair's image with the same question and grid and the same (or another) answer: the first, so
-    that many hosts share one. With another answer, the model's own output differs too."""
+    """Another pair's image with the same question and grid and the same (or another) answer under the host's
+    `match`: the first, so that many hosts share one, or the first whose answer is the same to the letter.
+    With another answer, the model's own output differs too."""
     question, grids, answer, own = _facts(answered, host)
-    for i in range(len(answered)):
-        for side in (0, 1):
-            theirs = _facts(answered, (i, side))
-            fits = i != host[0] and theirs[:2] == (question, grids) and (theirs[2] == answer) == same
-            if fits and (same or theirs[3] != own):
-                return i, side
-    return None
+    match = answered[host[0]].loaded.pair.match
+    found: Side | None = None
+    for side in ((i, s) for i in range(len(answered)) if i != host[0] for s in (0, 1)):
+        *place, theirs, said = _facts(answered, side)
+        if place != [question, grids]:
+            continue
+        if same and theirs == answer:
+            return side
+        alike = matches(theirs, answer, match), matches(answer, theirs, match)
+        if found is None and (all(alike) if same else not any(alike) and said != own):
+            found = side
+    return found
 
 
 def _facts(answered: Sequence[AnsweredPair], side: Side) -> tuple:

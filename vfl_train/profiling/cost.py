@@ -24,7 +24,7 @@ def total(costs: Iterable[Cost]) -> Cost:
     return summed
 
 
-def record(cost: Cost, plain: int, seconds: float) -> dict[str, Any]:
+def record(cost: Cost, plain: float, seconds: float) -> dict[str, Any]:
     """`cost` as it stands in profile.json. `plain`: token-layers of one plain forward of the answered
     prompts; `plain_forwards` is how many of those the profile took (0 where no pair was answered)."""
     return {

@@ -108,7 +108,7 @@ def _parts(
     cumulative = [k for k in range(1, depth)] + [0] * depth
     control = [k for _ in CONTROLS for k in range(depth)]
     parts = [(1.0, sweep, 0), (1.0, cumulative[::2], 0)]
-    parts.append((min(config.control_pairs, pairs) / pairs, control, 2))
+    parts.append((min(config.control_pairs, pairs) / pairs, control, 3))  # self is a copy, see `controls`
     if functions > 1:
         parts.append((min(INTERACTION_PAIRS, pairs) / pairs, [0] * (2 * functions - 1), 0))
     return parts

@@ -19,7 +19,14 @@ from vfl_train.profiling.controls import controls
 from vfl_train.profiling.cost import path_taken, record, total
 from vfl_train.profiling.interaction import INTERACTION_PAIRS, interaction
 from vfl_train.profiling.partial import Measured
-from vfl_train.profiling.sweep import DONOR, MAX_ANSWER_TOKENS, AnsweredPair, Outcome, Sweeper
+from vfl_train.profiling.sweep import (
+    DONOR,
+    MAX_ANSWER_TOKENS,
+    MAX_BOX_TOKENS,
+    AnsweredPair,
+    Outcome,
+    Sweeper,
+)
 from vfl_train.runs import RunFolder
 from vfl_train.schemas import MIN_ANSWERED_PAIRS, FunctionProfile, Profile
 
@@ -88,13 +95,20 @@ def _profile(
         functions={name: m.function for name, m in measured.items()},
         drop_curve=curves, drop_plan=plans, interaction=table, cost=cost,
         settings={
-            "pairs": config.pairs, "control_pairs": config.control_pairs,
+            "pairs": most_pairs(config), "control_pairs": config.control_pairs,
+            "own_probes": config.probes is not None, "drop_points": config.drop_points,
+            "answer_tokens": MAX_ANSWER_TOKENS, "box_answer_tokens": MAX_BOX_TOKENS,
             "adapter": config.adapter and Path(config.adapter).name,
             "max_pixels": config.max_pixels, "batch_tokens": config.batch_tokens,
             "peak_share": statistics.PEAK_SHARE, "flip_share": statistics.FLIP_SHARE,
             "interaction_pairs": INTERACTION_PAIRS,
         },
     )  # fmt: skip
+
+
+def most_pairs(config: ProfileConfig) -> int:
+    """Pairs a function, at most."""
+    return config.pairs if config.limit is None else min(config.pairs, config.limit)
 
 
 # --- one function --------------------------------------------------------------------------------
@@ -169,7 +183,9 @@ def _conclude(
         )
     if kind == "drop":
         return _drop_profile(to_last, pairs, len(answered), rates, intervals)
-    control = controls(sweeper, answered, config.control_pairs)
+    control, directions = controls(sweeper, answered, config.control_pairs)
+    if directions["self"] and not directions["nuisance"]:
+        print(f"{sweeper.label}: no answered pairs share question and answer: no nuisance swap in the floor")
     floor = _floor(control, depth)
     peak = statistics.peak(rates, flips, floor)
     block, details = statistics.flip_block(
@@ -179,7 +195,8 @@ def _conclude(
     )  # fmt: skip
     return FunctionProfile(
         "ok", pairs, len(answered), rates, flips, intervals, control, peak,
-        statistics.papers_block(rates, peak, floor), block, len(block) > depth / 4, details,
+        statistics.papers_block(rates, peak, floor), block, len(block) > depth / 4,
+        details | {"control_directions": directions},
         _examples(sweeper, answered[:EXAMPLES], peak),
     )  # fmt: skip
 
@@ -198,15 +215,14 @@ def _floor(controls: dict[str, list[float]], depth: int) -> list[float]:
 def _drop_profile(
     to_last: bool, pairs: int, answered: int, rates: list[float], intervals: list[list[float]]
 ) -> FunctionProfile:
-    """Drops have no donor: no flips, no controls. For cumulative drops the peak is the largest step."""
+    """Drops have no donor: no flips, no controls, no flip block (which `distributed` is about). For
+    cumulative drops the peak is the largest step."""
     depth, signal = len(rates), rates
     if to_last:
         signal = [c - n for c, n in zip(rates, [*rates[1:], 0.0], strict=True)]
     peak = statistics.peak(signal, [], [0.0] * depth)
     layers = statistics.papers_block(signal, peak, [0.0] * depth)
-    return FunctionProfile(
-        "ok", pairs, answered, rates, [], intervals, {}, peak, layers, [], len(layers) > depth / 4
-    )
+    return FunctionProfile("ok", pairs, answered, rates, [], intervals, {}, peak, layers, [], False)
 
 
 def _examples(sweeper: Sweeper, pairs: Sequence[AnsweredPair], peak: int | None) -> list[dict[str, Any]]:
@@ -216,7 +232,7 @@ def _examples(sweeper: Sweeper, pairs: Sequence[AnsweredPair], peak: int | None)
     hosts = [first for chunk in sweeper.again(pairs) for first, _ in chunk]
     branch = swap([peak], DONOR, sweeper.phase)
     said = generate_under(
-        sweeper.vlm, [Row(d.host, (), branch, {DONOR: d.donor}) for d in hosts], MAX_ANSWER_TOKENS,
+        sweeper.vlm, [Row(d.host, (), branch, {DONOR: d.donor}) for d in hosts], max(d.cap for d in hosts),
         sweeper.path, sweeper.batch_tokens, sweeper.cost, [(d.own.tokens, d.other.tokens) for d in hosts],
     )  # fmt: skip
     return [

@@ -36,11 +36,11 @@ def clustered_interval(pairs: Sequence[tuple[bool, bool]]) -> list[float]:
 
 
 def peak(change_rate: Sequence[float], flip_rate: Sequence[float], floor: Sequence[float]) -> int | None:
-    """The layer with the highest change rate (then flip rate, then the lowest index) if it is above the
-    floor there, else None."""
+    """Of the layers whose change rate is above their floor the one with the highest (then flip rate, then
+    the lowest index), None if there is no such layer."""
     flips = flip_rate or [0.0] * len(change_rate)
-    best = max(range(len(change_rate)), key=lambda k: (change_rate[k], flips[k], -k))
-    return best if change_rate[best] > floor[best] else None
+    above = [k for k in range(len(change_rate)) if change_rate[k] > floor[k]]
+    return max(above, key=lambda k: (change_rate[k], flips[k], -k), default=None)
 
 
 def papers_block(change_rate: Sequence[float], peak_layer: int | None, floor: Sequence[float]) -> list[int]:

@@ -1,14 +1,15 @@
 """The measuring loop of a profile: encode pairs chunk by chunk, ask for base outputs, judge rows.
 
-Pixels are held for the chunk of pairs at hand (and the one before it); what stays of a pair is its tokens.
-Later passes encode again.
+What the model gets of the images is held for the chunk of pairs at hand (and the one before it); what stays
+of a pair is its tokens, and of pairs that were drawn (not read from a folder) their pictures. Later passes
+encode again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vfl_train.errors import ConfigError, DataError, VflError
 from vfl_train.functions.matching import matches
@@ -23,9 +24,18 @@ from vfl_train.progress import track
 if TYPE_CHECKING:
     from vfl_train.models import VisionLanguageModel
 
+T = TypeVar("T")
 MAX_ANSWER_TOKENS = 32
+MAX_BOX_TOKENS = 64  # of answers judged by `iou`: a box in JSON takes more than 32
 DONOR = "donor"  # the name under which a swap reads the other image
-CHUNK = 16  # pairs whose pixels are held at once
+# Pairs encoded at a time, and how many prompt tokens are enough: bounds the pixels held in memory (about
+# 20 kB for each image token of a Qwen2.5-VL).
+CHUNK, CHUNK_TOKENS = 16, 32768
+
+
+def answer_cap(match: str) -> int:
+    """The longest output, in tokens, of a pair judged by `match`."""
+    return MAX_BOX_TOKENS if match == "iou" else MAX_ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,11 @@ class Direction:
     answer: str
     other_answer: str
     match: str
+
+    @property
+    def cap(self) -> int:
+        """Its longest output, in tokens."""
+        return answer_cap(self.match)
 
 
 @dataclass(frozen=True)
@@ -117,30 +132,56 @@ class Sweeper:
         self, pairs: Sequence[LoadedPair]
     ) -> Iterator[list[tuple[AnsweredPair, Direction, Direction]]]:
         """Generate every base output once and yield, chunk by chunk, the pairs answered right under their
-        `match`, with both directions."""
-        for chunk in self._chunks(pairs, "pairs"):
-            prompts = [prompt for loaded in chunk for prompt in self.encode(loaded)]
-            outputs = generate(self.vlm, prompts, MAX_ANSWER_TOKENS, self.batch_tokens)
+        `match`, with both directions. An output that holds the image placeholder counts as wrong: it cannot
+        be forced, for no image stands behind it."""
+        placeholder = self.vlm.image_token_id
+        for chunk in self._chunks([(p, p) for p in pairs], "pairs"):
             kept = []
-            for i, loaded in enumerate(chunk):
-                p, (a, b) = loaded.pair, outputs[2 * i : 2 * i + 2]
-                if matches(a.text, p.answer_a, p.match) and matches(b.text, p.answer_b, p.match):
-                    found = AnsweredPair(loaded, a, b, prompts[2 * i].grids)
-                    kept.append((found, *_directions(found, *prompts[2 * i : 2 * i + 2])))
+            for (loaded, *prompts), (a, b) in zip(chunk, self._own_outputs(chunk), strict=True):
+                p = loaded.pair
+                right = matches(a.text, p.answer_a, p.match) and matches(b.text, p.answer_b, p.match)
+                if right and placeholder not in (*a.tokens, *b.tokens):
+                    found = AnsweredPair(loaded, a, b, prompts[0].grids)
+                    kept.append((found, *_directions(found, *prompts)))
                     self.plain += sum(
                         (d.host.length + len(d.own.tokens)) * (self.vlm.num_layers - 1) for d in kept[-1][1:]
                     )
             yield kept
 
+    def _own_outputs(
+        self, chunk: Sequence[tuple[LoadedPair, Prompt, Prompt]]
+    ) -> list[tuple[Generated, Generated]]:
+        """The untouched model's outputs for both images of each pair."""
+        caps = [answer_cap(loaded.pair.match) for loaded, _, _ in chunk]
+        said: dict[int, tuple[Generated, Generated]] = {}
+        for cap in sorted(set(caps)):
+            members = [i for i in range(len(chunk)) if caps[i] == cap]
+            prompts = [prompt for i in members for prompt in chunk[i][1:]]
+            outputs = generate(self.vlm, prompts, cap, self.batch_tokens)
+            said.update(zip(members, zip(outputs[::2], outputs[1::2], strict=True), strict=True))
+        return [said[i] for i in range(len(chunk))]
+
     def again(self, pairs: Sequence[AnsweredPair]) -> Iterator[list[tuple[Direction, Direction]]]:
         """Both directions of answered pairs, encoded again chunk by chunk."""
-        for chunk in self._chunks(pairs, "pairs again"):
-            yield [_directions(found, *self.encode(found.loaded)) for found in chunk]
+        for chunk in self._chunks([(found, found.loaded) for found in pairs], "pairs again"):
+            yield [_directions(*each) for each in chunk]
 
-    def _chunks(self, pairs: Sequence, what: str) -> Iterator[Sequence]:
-        starts = range(0, len(pairs), CHUNK)
-        for start in track(starts, len(starts), f"{self.label}: {what}, {CHUNK} at a time"):
-            yield pairs[start : start + CHUNK]
+    def _chunks(
+        self, pairs: Sequence[tuple[T, LoadedPair]], what: str
+    ) -> Iterator[list[tuple[T, Prompt, Prompt]]]:
+        """Whatever stands for the pairs with their prompts; a chunk is full with CHUNK pairs, or with
+        CHUNK_TOKENS tokens."""
+        chunk: list[tuple[T, Prompt, Prompt]] = []
+        tokens = 0
+        for item, loaded in track(pairs, len(pairs), f"{self.label}: {what}"):
+            a, b = self.encode(loaded)
+            chunk.append((item, a, b))
+            tokens += a.length + b.length
+            if len(chunk) >= CHUNK or tokens >= CHUNK_TOKENS:
+                yield chunk
+                chunk, tokens = [], 0
+        if chunk:
+            yield chunk
 
     # --- outcomes --------------------------------------------------------------------------------
 
@@ -163,32 +204,32 @@ class Sweeper:
     def judge(self, asks: Sequence[Ask], changes: bool = True) -> list[Outcome]:
         """The outcome of every ask, in order; neighbours share work where they have the same prompt.
         `changes`: whether anything but flips is asked for (else `changed` and `right` say nothing)."""
-        trials = [_trial(ask, changes) for ask in asks]
+        trials = [(_trial(ask, changes), ask) for ask in asks]
         self._force(trials)
-        self._generate(
-            [
-                (trial, ask)
-                for trial, ask in zip(trials, asks, strict=True)
-                if any(self._verdict(trial, e, ask.direction.match) is None for e in _expected(ask, changes))
-            ]
-        )
-        return [self._outcome(trial, ask) for trial, ask in zip(trials, asks, strict=True)]
+        unsettled = [
+            (trial, ask)
+            for trial, ask in trials
+            if any(self._verdict(trial, e, ask.direction.match) is None for e in _expected(ask, changes))
+        ]
+        for cap in sorted({ask.direction.cap for _, ask in unsettled}):
+            self._generate([trial for trial, ask in unsettled if ask.direction.cap == cap], cap)
+        return [self._outcome(trial, ask) for trial, ask in trials]
 
-    def _force(self, trials: Sequence[Trial]) -> None:
+    def _force(self, trials: Sequence[tuple[Trial, Ask]]) -> None:
         """Force the trials' outputs round by round until none is left that could hold."""
         ends = self.vlm.eos_token_ids
-        while todo := [(t, answer) for t in trials if (answer := t.next_try()) is not None]:
-            rows = [trial.row(answer) for trial, answer in todo]
+        while todo := [(t, a, ask) for t, ask in trials if (a := t.next_try()) is not None]:
+            rows = [trial.row(answer) for trial, answer, _ in todo]
             found = read_out(self.vlm, rows, self.path, self.batch_tokens, self.cost)
-            for (trial, answer), read in zip(todo, found, strict=True):
-                trial.learn(answer, read, ends, MAX_ANSWER_TOKENS)
+            for (trial, answer, ask), read in zip(todo, found, strict=True):
+                trial.learn(answer, read, ends, ask.direction.cap)
 
-    def _generate(self, open_trials: Sequence[tuple[Trial, Ask]]) -> None:
+    def _generate(self, trials: Sequence[Trial], cap: int) -> None:
         said = generate_under(
-            self.vlm, [trial.row(()) for trial, _ in open_trials], MAX_ANSWER_TOKENS, self.path,
-            self.batch_tokens, self.cost, [trial.drafts() for trial, _ in open_trials],
+            self.vlm, [trial.row(()) for trial in trials], cap, self.path,
+            self.batch_tokens, self.cost, [trial.drafts() for trial in trials],
         )  # fmt: skip
-        for (trial, _), tokens in zip(open_trials, said, strict=True):
+        for trial, tokens in zip(trials, said, strict=True):
             trial.known, trial.complete = tuple(tokens), True
 
     def _verdict(self, trial: Trial, expected: str, match: str) -> bool | None:

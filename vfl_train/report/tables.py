@@ -13,7 +13,6 @@ from vfl_train.schemas import BUILTIN_FUNCTIONS, MIN_ANSWERED_PAIRS, FunctionPro
 NONE = "-"
 CONTROLS = ("self", "nuisance", "unrelated", "noise")
 OVERLAP = "overlap"
-BUILTIN_SETS = ("builtin", "phantom")  # how the names of the bundled probe sets begin
 
 
 def percent(share: float) -> str:
@@ -256,16 +255,15 @@ def repeat_rows(profile: Profile) -> list[tuple[str, str]]:
 
 def command(profile: Profile) -> str:
     """The command that repeats the profile. An adapter's and a probe folder's place is not in the file."""
-    m, settings, name = profile.model, profile.settings, profile.probe_set.get("name", "")
-    allowed = {plan["allowed_points"] for plan in profile.drop_plan.values()}
+    m, settings = profile.model, profile.settings
     options: dict[str, Any] = {
         "model": m.name_or_path, "revision": m.revision, "adapter": settings.get("adapter"),
         "functions": None if set(profile.functions) == {*BUILTIN_FUNCTIONS} else ",".join(profile.functions),
-        "probes": None if name.startswith(BUILTIN_SETS) else name,
+        "probes": profile.probe_set.get("name") if settings.get("own_probes") else None,
         "pairs": settings.get("pairs"), "control-pairs": settings.get("control_pairs"),
         "max-pixels": settings.get("max_pixels"), "batch-tokens": settings.get("batch_tokens"),
         "intervention": profile.intervention, "phase": profile.phase, "path": profile.path,
-        "drop-points": min(allowed) if allowed else None, "dtype": profile.dtype, "seed": profile.seed,
+        "drop-points": settings.get("drop_points"), "dtype": profile.dtype, "seed": profile.seed,
         "output": "profile",
     }  # fmt: skip
     given = [f"--{k} {shlex.quote(str(v))}" for k, v in options.items() if v is not None]

@@ -1,7 +1,8 @@
 """The six functions of the built-in probes: which cases there are, and how the two images of one are drawn.
 
-A *case* fixes the question and both answers. What it leaves open (place, size, colours, typeface) is drawn
-from `rng` once for both images, so that inside a pair nothing varies but what the function reads.
+A *case* fixes the question and both answers (where these are boxes, so place and size). What it leaves open
+(place, size, colours, typeface) is drawn from `rng` once for both images, so that inside a pair nothing
+varies but what the function reads.
 
 The contents are those of the papers' visual token swapping. ocr: one word on a plain ground, same font,
 size, colour and place; count: more or fewer of one category; grounding: the same object elsewhere;
@@ -196,6 +197,18 @@ def grounding_cases(rng: Rng) -> list[Case]:
     return _shuffled(rng, [(t, *p) for t, p in product(TARGETS, permutations(PLACES, 2))])
 
 
+def boxed_cases(rng: Rng) -> list[Case]:
+    """Grounding cases with the object's square, which answers in boxes depend on."""
+    return [(*case, *_square(rng)) for case in grounding_cases(rng)]
+
+
+def _square(rng: Rng) -> tuple[float, float, float]:
+    """(side, left and top inside a quarter) of the object, as shares of the image."""
+    side = float(rng.uniform(0.20, 0.30))
+    left, top = (float(v) for v in rng.uniform(0.06, 0.44 - side, size=2))
+    return side, left, top
+
+
 def grounding_maker(box: str | None) -> Maker:
     """Grounding probes: multiple choice of four places without `box`, else a bounding box x1, y1, x2, y2
     judged by IoU.
@@ -214,9 +227,9 @@ def grounding_maker(box: str | None) -> Maker:
     scale = {"pixels": "in pixels", "relative-1000": "with coordinates from 0 to 1000"}.get(box or "")
 
     def draw(case: Case, rng: Rng, size: int) -> Drawn:
-        (color, shape), a, b = case
-        background, side = _ground(rng), float(rng.uniform(0.20, 0.30))
-        dx, dy = (float(v) for v in rng.uniform(0.06, 0.44 - side, size=2))
+        (color, shape), a, b, *square = case
+        background = _ground(rng)
+        side, dx, dy = square or _square(rng)
 
         def corner(place: str) -> tuple[float, float]:
             return dx + 0.5 * ("right" in place), dy + 0.5 * ("bottom" in place)
@@ -239,7 +252,7 @@ def grounding_maker(box: str | None) -> Maker:
         question = choice_question(f"Is the {color} {shape} {where}?", PLACES)
         return Drawn(question, (choice_answer(PLACES, a), choice_answer(PLACES, b)), images, "choice")
 
-    return Maker(grounding_cases, draw)
+    return Maker(grounding_cases if box is None else boxed_cases, draw)
 
 
 # --- relation: which of two is nearer ------------------------------------------------------------
