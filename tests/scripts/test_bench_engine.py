@@ -15,7 +15,7 @@ import torch
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_engine.py"
 no_nnsight = pytest.mark.skipif(
-    importlib.util.find_spec("nnsight") is None, reason="nnsight is not installed: pip install 'vfl-train[bench]'"
+    importlib.util.find_spec("nnsight") is None, reason="the extra `bench` is not installed"
 )
 
 
