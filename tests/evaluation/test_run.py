@@ -185,21 +185,21 @@ def test_a_source_that_is_not_there_is_named(rows, tmp_path):
 
 
 def test_how_rows_are_judged(tmp_path):
-    """Rows that expect the first letter of what is written: no answer is that alone, each begins with it."""
+    """Rows that expect an option, letter and words: answers give the words alone, and hold no box."""
     rng, lines = np.random.default_rng(2), []
     for i in range(3):
         scene = world.sample_scene(rng)
         world.render(scene).save(tmp_path / f"{i}.png")
         turns = [
             {"role": "user", "content": f"<image>{world.QUESTIONS['ocr']}"},
-            {"role": "assistant", "content": world.answer(scene, "ocr")[0]},
+            {"role": "assistant", "content": f"A. {world.answer(scene, 'ocr')}"},
         ]
         lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}))
-    data = tmp_path / "letters.jsonl"
+    data = tmp_path / "options.jsonl"
     data.write_text("\n".join(lines), encoding="utf-8")
     accuracy = {
         match: evaluate(config_of(tmp_path / match, data=str(data), functions=(), match=match))[
-            "letters"
+            "options"
         ].accuracy
         for match in ("exact", "choice", "iou")
     }

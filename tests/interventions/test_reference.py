@@ -97,7 +97,10 @@ def test_drop_equals_hooked_masks(vlm, host, layers, phase):
     torch.testing.assert_close(dropped, expected, atol=2e-5, rtol=1e-5)
     windows = [getattr(vlm.layers[k].self_attn, "sliding_window", None) for k in layers]
     if all(window and first_bound - host.spans[0][1] + 1 >= window for window in windows):
-        assert torch.equal(dropped, base), "the image is out of these layers' sight"
+        # Within rounding: the two are different rows of one product.
+        torch.testing.assert_close(
+            dropped, base, atol=2e-6, rtol=0
+        )  # the image is out of these layers' sight
     else:
         assert (dropped - base).abs().max() > 1e-3, "the model does not feel the drop: the test shows nothing"
 
