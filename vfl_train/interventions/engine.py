@@ -32,6 +32,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from vfl_train.interventions.hooks import attention_named
 from vfl_train.interventions.layout import Layout, Place, Trunk, batches, why_not
 from vfl_train.interventions.readout import Cost, ReadOut, Row
 from vfl_train.interventions.reference import (
@@ -108,11 +109,9 @@ def _run(vlm: VisionLanguageModel, rows: Sequence[Row], cost: Cost) -> Iterator[
 @contextmanager
 def _installed(vlm: VisionLanguageModel, sweep: _Sweep) -> Iterator[None]:
     """`sweep` in charge of the decoder layers inside; the model is untouched again afterwards."""
-    config = vlm.text_config
     with ExitStack() as undo:
         undo.callback(_SWEEP.reset, _SWEEP.set(sweep))
-        undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-        config._attn_implementation = NAME
+        undo.enter_context(attention_named(vlm, NAME))
         for index, layer in enumerate(vlm.layers):
             undo.callback(_restore, layer, layer.__dict__.get("forward"))
             layer.forward = partial(sweep.layer, index, layer.forward)

@@ -1,9 +1,9 @@
-"""Forward hooks on decoder layers that the implementations of whole-sequence interventions share."""
+"""What implementations of interventions put on a model while they run, and take off again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,19 @@ if TYPE_CHECKING:
 
 Rows = Sequence[int] | slice  # of the batch
 Again = Callable[[int, torch.Tensor, dict[str, Any]], Any]  # (layer, hidden, its arguments) -> its output
+
+
+@contextmanager
+def attention_named(vlm: VisionLanguageModel, name: str) -> Iterator[None]:
+    """The decoder's attention is the registered function `name` inside. Not by the public setter: where the
+    text configuration is the whole one, that would set vision and audio too, and forget what they had."""
+    config = vlm.text_config
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
 
 
 def silenced_modules(vlm: VisionLanguageModel, module: str) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from vfl_train.errors import ConfigError
-from vfl_train.interventions.hooks import run_again, silence, silenced_modules
+from vfl_train.interventions.hooks import attention_named, run_again, silence, silenced_modules
 from vfl_train.interventions.intervention import (
     DIFFERENT_BOUNDS,
     NOISE,
@@ -122,12 +122,9 @@ AttentionMaskInterface.register(NAME, eager_mask)
 @contextmanager
 def _installed(vlm: VisionLanguageModel, plan: Plan) -> Iterator[None]:
     """`plan` in force for the forwards inside; the model is untouched again afterwards."""
-    config = vlm.text_config
-    before, token = config._attn_implementation, _PLAN.set(plan)
     with ExitStack() as stack:
-        stack.callback(_PLAN.reset, token)
-        config._attn_implementation = NAME
-        stack.callback(setattr, config, "_attn_implementation", before)
+        stack.callback(_PLAN.reset, _PLAN.set(plan))
+        stack.enter_context(attention_named(vlm, NAME))
         for (layer, name), rows in plan.silenced.items():
             module = getattr(vlm.layers[layer], name)
             stack.callback(module.register_forward_hook(silence(rows)).remove)

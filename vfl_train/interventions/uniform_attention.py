@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vfl_train.errors import ConfigError
-from vfl_train.interventions.hooks import Rows
+from vfl_train.interventions.hooks import Rows, attention_named
 from vfl_train.interventions.reference import check_attention
 
 if TYPE_CHECKING:
@@ -50,11 +50,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 @contextmanager
 def uniform_attention(vlm: VisionLanguageModel, rows_at: RowsAt) -> Iterator[None]:
     """Uniform attention for the forwards inside; the model is untouched again afterwards."""
-    config = vlm.text_config
-    before, token = config._attn_implementation, _ROWS_AT.set(rows_at)
-    config._attn_implementation = NAME
+    token = _ROWS_AT.set(rows_at)
     try:
-        yield
+        with attention_named(vlm, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         _ROWS_AT.reset(token)
