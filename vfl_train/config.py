@@ -326,9 +326,10 @@ class KnockoutConfig(ModelOptions):
     dry_run: bool = dry_run_option()
 
     def check(self) -> None:
+        from vfl_train.knockout.choice import MIN_SHOTS
+
         super().check()
-        # With fewer, no outcome is rarer by chance than the test's level: 2 ** -4.
-        at_least(self, shots=5, max_new_tokens=1, batch_tokens=1)
+        at_least(self, shots=MIN_SHOTS, max_new_tokens=1, batch_tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)

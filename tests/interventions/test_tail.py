@@ -198,6 +198,31 @@ def test_what_reruns_cost(vlm, at, deeper):
     assert cost.last_layer_tokens == tokens * (1 + (LAYERS - 1) * (at == "itself"))
 
 
+@pytest.mark.parametrize("kind", [knockout, uniform, rerun])
+def test_a_branch_alone_costs_what_a_plain_forward_does(vlm, kind):
+    """Its base is nobody's answer and stops where the branch leaves it; also of several in one pass."""
+    prompts = [vlm.prompt(QUESTION, [picture(seed)]) for seed in range(3)]
+    rows = [Row(prompt, ANSWER, kind([k])) for prompt, k in zip(prompts, (3, 0, 2), strict=True)]
+    whole, _ = run(vlm, rows, "reference")
+    for batch_tokens in (1, 8192):
+        ours, cost = run(vlm, rows, batch_tokens=batch_tokens)
+        assert_equal(ours, whole)
+        spent = cost.token_layers + cost.last_layer_tokens
+        tokens = prompts[0].length + len(ANSWER) - 1
+        assert spent == tokens * 3 * (LAYERS + (kind is rerun))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_bases_that_nobody_reads_are_left_behind(family):
+    """Some are read and some are not, in one pass, with branches that leave them at different layers."""
+    vlm = tiny_vlm(family)
+    rows = [row for i, row in enumerate(rows_of(vlm)) if row.branch or i < len(branches())]
+    rows = [row for i, row in enumerate(rows) if i % 3 == 0]
+    ours, cost = run(vlm, rows)
+    assert cost.reference_rows == 0
+    assert_equal(ours, run(vlm, rows, "reference")[0])
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 60, 120])
 def test_the_token_budget_bounds_the_rows_alive(vlm, batch_tokens, monkeypatch):
     prompts = [vlm.prompt(QUESTION, [picture(seed)]) for seed in range(2)]

@@ -11,8 +11,10 @@ from vfl_train.errors import DataError
 from vfl_train.knockout.choice import (
     LEVEL,
     MIN_MARGIN,
+    MIN_SHOTS,
     binomial_tail,
     choose,
+    constant_share,
     draw_shots,
     max_rank_test,
     paired_gain,
@@ -103,7 +105,7 @@ def test_weak_evidence_is_abstained_from(change):
         logprob[:, 5] = logprob[:, 0] + 0.9 * MIN_MARGIN
         logprob[:, 6:] = logprob[:, 2:5] = logprob[:, :1]
     elif change == "no more right":
-        right[:, 5], words = right[:, 0], "no more shots"
+        right[:, 5], words = right[:, 0], "not clearly more shots"
     elif change == "as the commonest answer":
         right[:, 0], right[:, 5] = False, np.arange(SHOTS) < 6
         answers, words = ["yes"] * 6 + ["no"] * 4, "commonest answer"
@@ -128,6 +130,83 @@ def test_labels_that_nobody_can_know_are_abstained_from():
         logprob[:, -1] = np.log(0.25) + g.normal(0, 0.3, SHOTS)
         chosen += choose(right, logprob, [str(k) for k in labels], g).layer is not None
     assert chosen / 200 <= LEVEL
+
+
+def flattened(seed: int, shots: int, layers: int = 28):
+    """A 4-way task, half answered right (a third is known, the rest guessed), all with conviction. Without
+    any of layers 0 to 7 the convictions shrink and blur: wrong labels become likelier, nothing is gained."""
+    g = np.random.default_rng([seed, shots])
+    labels = g.integers(0, 4, shots)
+    said = np.where(g.random(shots) < 1 / 3, labels, g.integers(0, 4, shots))
+    scores = g.normal(0, 0.3, (shots, 1 + layers, 4))
+    scores[np.arange(shots), :, said] += 6
+    scores[:, 1:9] = 0.2 * scores[:, 1:9] + g.normal(0, 0.7, (shots, 8, 4))
+    logprob = (scores - np.log(np.exp(scores).sum(-1, keepdims=True)))[np.arange(shots), :, labels]
+    return scores.argmax(-1) == labels[:, None], logprob, [str(k) for k in labels], g
+
+
+@pytest.mark.parametrize("shots", [10, 40, 80])
+def test_convictions_lost_are_nothing_gained(shots):
+    found = [choose(*flattened(seed, shots)) for seed in range(200)]
+    assert sum(c.layer is not None for c in found) / 200 <= LEVEL
+    if shots == 80:  # else the margins abstain and nothing shows that the other tests do
+        assert sum(c.p_value <= LEVEL for c in found) / 200 >= 0.5
+
+
+def random_tasks(seed: int, tasks: int, shots: int = 10):
+    """Labels that nobody can know, of two answers a task; untouched the model is sure of another task's
+    answer, without the last layer of the commoner answer of this one."""
+    g = np.random.default_rng([seed, tasks])
+    names = np.repeat(np.arange(tasks), shots)
+    labels = g.random(tasks * shots) < 0.4
+    right = np.zeros((tasks * shots, 1 + LAYERS), bool)
+    right[:, -1] = ~labels
+    logprob = -6 + g.normal(0, 0.05, right.shape)
+    logprob[:, -1] = np.where(labels, np.log(0.4), np.log(0.6)) + g.normal(0, 0.3, tasks * shots)
+    answers = [f"{'no' if label else 'yes'} {name}" for name, label in zip(names, labels, strict=True)]
+    return right, logprob, answers, g, [str(name) for name in names]
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 6])
+def test_random_labels_of_several_tasks_are_abstained_from(tasks):
+    """Of all answers together the commonest is rare; each task has its own."""
+    chosen, alone = 0, 0
+    for seed in range(200):
+        right, logprob, answers, g, names = random_tasks(seed, tasks)
+        chosen += choose(right, logprob, answers, g, tasks=names).layer is not None
+        alone += choose(right, logprob, answers, g).layer is not None
+    assert chosen / 200 <= LEVEL < alone / 200
+
+
+@pytest.mark.parametrize(
+    ("answers", "match", "tasks", "share"),
+    [
+        (["Yes", "yes.", "no", "one", "two", "two"], "exact", "aaabbb", 4 / 6),
+        (["Yes", "yes.", "no", "one", "two", "two"], "exact", None, 2 / 6),
+        (["A. cat", "A. dog", "(A) cow", "B. cat"], "choice", None, 3 / 4),
+        (["A. cat", "A. dog", "(A) cow", "B. cat"], "exact", None, 1 / 4),
+        (["0 0 10 10", "1 0 10 10", "0 0 10 9", "50 50 60 60"], "iou", None, 3 / 4),
+    ],
+)
+def test_the_share_of_a_constant_answer(answers, match, tasks, share):
+    assert constant_share(answers, match, tasks) == share
+
+
+def test_fewer_shots_than_the_minimum_never_suffice():
+    for shots, enough in ((MIN_SHOTS - 1, False), (MIN_SHOTS, True)):
+        right = np.tile([False, True, False], (shots, 1))
+        logprob = np.tile([-5.0, -0.1, -5.0], (shots, 1))
+        found = choose(right, logprob, ANSWERS[:shots], rng())
+        assert (found.layer == 0) == enough and (found.p_value <= LEVEL) == enough
+
+
+def test_shots_hold_every_answer_as_often_as_the_rows_do():
+    answers = ["A. x", "A. y"] * 10 + ["B. x"] * 15 + ["C"] * 5
+    for seed in range(20):
+        drawn = [answers[i][0] for i in draw_shots(answers, 8, rng(seed), "choice")]
+        assert [drawn.count(letter) for letter in "ABC"] == [4, 3, 1]
+    with pytest.raises(DataError, match="are the same"):
+        draw_shots(["A. x", "A. y"], 1, rng(), "choice")
 
 
 def test_shots_are_drawn_by_the_seed_and_have_two_answers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,24 @@ from planted_interference import planted_phantom, script
 from vfl_train.cli import main
 from vfl_train.config import EvalConfig, ExportConfig, KnockoutConfig, VerifyConfig
 from vfl_train.errors import ConfigError
+from vfl_train.evaluation.layers import show_touched
+from vfl_train.evaluation.questions import Question
 from vfl_train.evaluation.run import evaluate
 from vfl_train.hub.export import export
 from vfl_train.hub.samples import next_logits, sample_inputs
 from vfl_train.hub.verify import verify
 from vfl_train.interventions import knockout
 from vfl_train.interventions.standing import standing
+from vfl_train.knockout.plot import plot_bytes
 from vfl_train.knockout.record import Knockout
-from vfl_train.knockout.run import run_knockout
+from vfl_train.knockout.run import run_knockout, show, similarity, split, sweep_forwards
 from vfl_train.models import VisionLanguageModel
 from vfl_train.phantom import world
 from vfl_train.phantom.architecture import LAYERS
+from vfl_train.schemas import FunctionScore
 
 LAYER = script().LAYER
-KEYS = {"interaction", "margin", "layer", "held_out_gain", "ci95", "shots"}
+KEYS = {"interaction", "margin", "layer", "held_out_gain", "ci95", "confirmed", "shots", "shot_rows"}
 
 
 def write_rows(folder: Path, sources: dict[str, list[str]], answer=world.answer) -> Path:
@@ -87,6 +92,8 @@ def test_the_file_follows_the_contract(one, model):
     assert found["held_out"]["n"] == 14 and found["held_out_gain"] >= 50
     assert found["ci95"][0] > 0 and found["ci95"][0] <= found["held_out_gain"] <= found["ci95"][1]
     assert found["tasks"].keys() == {"mood"} and found["tasks"]["mood"]["margin"] == found["margin"]
+    assert found["confirmed"] is True and len(set(found["shot_rows"])) == 10
+    assert set(found["shot_rows"]) < set(range(24)) and len(found["data"]["sha256"]) == 64
     assert "similarity" not in found
     assert Image.open(folder / "knockout.png").size[0] > 1000
     read = Knockout.load(folder)
@@ -157,7 +164,7 @@ def invoke(data: Path, output: Path, *more: str):
     [
         (19, (), 3, "has 19 rows, 10 shots and 10 held out need 20"),
         (24, ("--shots", "30"), 3, "need 40"),
-        (24, ("--shots", "4"), 2, "shots must be at least 5"),
+        (24, ("--shots", "5"), 2, "shots must be at least 6"),
         (24, ("--module", "heart"), 2, "module must be one of"),
     ],
 )
@@ -213,11 +220,13 @@ def test_eval_scores_without_the_layer(one, model, rows, tmp_path, capsys):
     config = eval_of(model, rows, tmp_path / "out", knockout=one[0])
     score = evaluate(config)["mood"]
     out = score.knockout
-    assert (out["layer"], out["module"], out["n"]) == (LAYER, "attention", 24)
+    assert (out["layer"], out["module"], out["n"]) == (LAYER, "attention", 14)
+    assert (score.n, out["shots_left_out"]) == (24, 10)
     assert score.accuracy <= 0.5 and out["accuracy"] >= 0.95
-    assert out["delta"] == pytest.approx(100 * (out["accuracy"] - score.accuracy))
+    assert out["delta"] == pytest.approx(100 * (out["accuracy"] - out["untouched"]))
     assert out["delta_ci95"][0] > 0
-    assert "a layer left out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "a layer left out" in printed and "10 rows that the layer was chosen on are left out" in printed
     card = json.loads((tmp_path / "out" / "scorecard.json").read_text())
     assert card["functions"]["mood"]["knockout"] == out and card["touched_layers"]["reference_rows"] == 0
     evaluate(config)
@@ -230,11 +239,67 @@ def edited(one, tmp_path: Path, **changes) -> Path:
     return path
 
 
+def test_other_data_has_no_shots(one, model, tmp_path):
+    data = write_rows(tmp_path / "data", {"mood": ["emotion"] * 6})
+    out = evaluate(eval_of(model, data, tmp_path / "out", knockout=one[0]))["mood"].knockout
+    assert (out["n"], out["shots_left_out"]) == (6, 0)
+
+
+def test_a_gain_that_is_not_confirmed_is_warned_of_and_not_exported(one, model, rows, tmp_path, caplog):
+    tasks = {"mood": {**one[1]["tasks"]["mood"], "confirmed": False}}
+    path = edited(one, tmp_path, confirmed=False, tasks=tasks)
+    evaluate(eval_of(model, rows, tmp_path / "out", knockout=path, limit=12))
+    assert f"the gain of layer {LAYER} on mood is not confirmed" in caplog.text
+    args = ["export", str(model), "--knockout", str(path), "--output", str(tmp_path / "exported")]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2 and "not confirmed" in result.stderr
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_run_says_that_a_gain_is_not_confirmed(one, capsys):
+    unsure = {"confirmed": False, "ci95": [-4.0, 30.0], "held_out_gain": 13.0}
+    show({**one[1], **unsure, "tasks": {"mo[/]od": {**one[1]["tasks"]["mood"], **unsure}}})
+    printed = capsys.readouterr().out
+    assert "layer 2 is not confirmed on the rows held out: +13.0 points (-4 to +30)" in printed
+    assert "mo[/]od" in printed.split("warning")[0], "no markup"
+
+
+def test_a_file_of_another_model_of_the_same_shape_is_warned_of(one, tmp_path):
+    found = Knockout.load(edited(one, tmp_path, model={**one[1]["model"], "revision": "abc"}))
+    other = Knockout.load(one[0])
+    assert other.check_model(other.model) == []
+    (warning,) = found.check_model(other.model)
+    assert "revision 'abc', the model is None" in warning
+
+
+def test_names_in_a_plot_are_no_formulas(one):
+    tasks = {name: one[1]["tasks"]["mood"] for name in ("cost_$5_$", "$x^$")}
+    assert plot_bytes({**one[1], "tasks": tasks, "similarity": similarity(tasks)}).startswith(b"\x89PNG")
+
+
+def test_a_task_has_the_same_shots_beside_others():
+    asked = [Question("a", (), (), str(i % 3), row=i) for i in range(30)]
+    others = [Question("b", (), (), str(i % 2), row=30 + i) for i in range(30)]
+    alone, beside = split(asked, 10, 0, "rows")[0], split(others + asked, 10, 0, "rows")[1]
+    assert [i + 30 for i in alone.shots] == beside.shots
+    assert split(asked, 10, 1, "rows")[0].shots != alone.shots
+
+
+def test_the_estimate_counts_passes():
+    assert sweep_forwards(12, 13) == 1 + 13 / 2
+    assert sweep_forwards(12, 1) == sweep_forwards(12, 2) == 13, "one branch a pass: as plain forwards"
+    assert 7.5 < sweep_forwards(12, 5) < 13
+
+
 def test_a_file_that_does_not_fit_is_refused(one, model, rows, tmp_path):
     other = {**one[1]["model"], "num_layers": 28}
     abstained = {"layer": None, "tasks": {"mood": {"layer": None}}}
     for changes, words in (
         ({"model": other}, "num_layers 28, the model has 12"),
+        ({"model": {**one[1]["model"], "num_layers": "12"}}, "model.num_layers"),
+        ({"model": {**one[1]["model"], "revision": 7}}, "model.revision"),
+        ({"data": 7}, "does not follow the knockout contract"),
+        ({"module": []}, "does not follow the knockout contract"),
         ({"layer": 12}, "does not follow the knockout contract"),
         ({"layer": True}, "does not follow the knockout contract"),
         ({"tasks": []}, "does not follow the knockout contract"),
@@ -259,6 +324,13 @@ def test_eval_runs_a_layer_twice_beside_every_other(model, rows, tmp_path, at, c
     with standing(vlm := VisionLanguageModel.load(str(model), device="cpu"), script().knockout([])):
         pass  # the loaded model is untouched
     assert vlm.text_config._attn_implementation == "sdpa"
+
+
+def test_all_layers_twice_have_no_controls(capsys):
+    again = {"layers": list(range(LAYERS)), "at": "end", "n": 4, "accuracy": 0.5, "delta": 0.0,
+             "delta_ci95": [-9.0, 9.0], "controls": {}}  # fmt: skip
+    show_touched({"mood": FunctionScore(0.5, 4, [0.1, 0.9], rerun=again)})
+    assert "mean" not in capsys.readouterr().out
 
 
 def test_a_function_runs_twice_where_the_profile_has_it(model, rows, tmp_path, monkeypatch):
@@ -315,6 +387,27 @@ def test_an_export_answers_as_the_hook_does(one, model, tmp_path, module):
     assert {"manifest.json", "logits_reference.json", "chat_template.jinja"} <= {
         p.name for p in output.iterdir()
     }
+
+
+def test_an_export_of_an_export_keeps_its_licence_and_what_was_left_out(one, model, tmp_path):
+    source = tmp_path / "home" / "somebody" / "source"  # nothing written may name it
+    shutil.copytree(model, source)
+    earlier = {"layer": 7, "module": "mlp", "zeroed": ["mlp.down_proj"]}
+    (source / "knocked_out.json").write_text(json.dumps({**earlier, "dtype": "float32"}))
+    (source / "LICENSE").write_text("as you like")
+    output = export(ExportConfig(source=source, output=tmp_path / "out", knockout=one[0]))
+    assert (output / "LICENSE").read_text() == "as you like" and not (output / "NOTICE").exists()
+    record = json.loads((output / "knocked_out.json").read_text())
+    assert (record["layer"], record["earlier"]) == (LAYER, [earlier])
+
+
+def test_a_secret_is_not_exported(one, model, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    template = source / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# /home/somebody/key #}")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja holds what looks like"):
+        export(ExportConfig(source=source, output=tmp_path / "out", knockout=one[0]))
 
 
 @pytest.mark.slow

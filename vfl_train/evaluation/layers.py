@@ -7,11 +7,13 @@ controls a gain there shows nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vfl_train.errors import ConfigError
@@ -31,15 +33,18 @@ if TYPE_CHECKING:
     from vfl_train.config import EvalConfig
     from vfl_train.models import VisionLanguageModel
 
+log = logging.getLogger(__name__)
 OUT = "knockout"  # names that branch; the others are named by the layers that run twice
 
 
 @dataclass
 class TouchedLayers:
     """What is also scored: `out`, the layers to leave out by function, and `twice`, the layers to run twice
-    (`at` the end or right after itself). `path`, `batch_tokens`, `cost` as for `read_out`."""
+    (`at` the end or right after itself). `shots`: rows of the data that the layer was chosen on, which show
+    nothing of it. `path`, `batch_tokens`, `cost` as for `read_out`."""
 
     out: Knockout | None = None
+    shots: frozenset[int] = frozenset()
     twice: tuple[int, ...] = ()
     at: str = "end"
     depth: int = 0
@@ -48,19 +53,29 @@ class TouchedLayers:
     cost: Cost = field(default_factory=Cost)
 
     @classmethod
-    def of(cls, config: EvalConfig, model: ModelInfo, functions: Sequence[str]) -> TouchedLayers:
-        """What `config` asks of `model` and these functions. Raises ConfigError: a file or profile of another
-        model, a layer or function that is not there, a knockout that abstained throughout."""
-        out = None
+    def of(cls, config: EvalConfig, model: ModelInfo, functions: Sequence[str], digest: str) -> TouchedLayers:
+        """What `config` asks of `model` and these functions, of questions with this sha256. Raises
+        ConfigError: a file or profile of another model, a layer or function that is not there, a knockout
+        that abstained throughout."""
+        out, shots = None, frozenset[int]()
         if config.knockout is not None:
             out = Knockout.load(config.knockout)
-            out.check_model(model)
+            shots = out.shots_of(digest)
+            warnings = out.check_model(model)
+            warnings += [
+                f"{config.knockout}: the gain of layer {out.layer_of(name)} on {name} is not confirmed "
+                "on the rows held out"
+                for name in dict.fromkeys(functions)
+                if out.layer_of(name) is not None and not out.is_confirmed(name)
+            ]
+            for warning in warnings:
+                log.warning("%s", warning)
             if all(out.layer_of(name) is None for name in functions):
                 raise ConfigError(
                     f"{config.knockout} leaves out no layer for what is asked here: it abstained"
                 )
         twice = () if config.rerun is None else _layers_of(config, model)
-        return cls(out, twice, config.rerun_at, model.num_layers, config.path, config.batch_tokens)
+        return cls(out, shots, twice, config.rerun_at, model.num_layers, config.path, config.batch_tokens)
 
     def __bool__(self) -> bool:
         return self.out is not None or bool(self.twice)
@@ -77,6 +92,12 @@ class TouchedLayers:
                 found[format_layers(moved)] = rerun(moved, self.at)
         return found
 
+    def _branches_of(self, question: Question) -> dict[str, Branch]:
+        found = self.branches(question.function)
+        if question.row in self.shots:
+            found.pop(OUT, None)
+        return found
+
     def right(
         self,
         vlm: VisionLanguageModel,
@@ -85,7 +106,7 @@ class TouchedLayers:
         max_new_tokens: int,
     ) -> list[dict[str, bool]]:
         """Branch -> whether the answer is right. The untouched model's `outputs` are the drafts."""
-        branches = [self.branches(question.function) for question, _ in asked]
+        branches = [self._branches_of(question) for question, _ in asked]
         rows = [
             Row(prompt, output.tokens, branch)
             for (_, prompt), output, own in zip(asked, outputs, branches, strict=True)
@@ -104,9 +125,16 @@ class TouchedLayers:
         found: dict[str, dict[str, Any]] = {}
         names = self.branches(function)
         if self.out is not None and OUT in names:
-            after = [t[OUT] for t in touched]
-            about = {"layer": self.out.layer_of(function), "module": self.out.module}
-            found["knockout"] = about | _paired(untouched, after)
+            pairs = [(u, t[OUT]) for u, t in zip(untouched, touched, strict=True) if OUT in t]
+            if not pairs:
+                log.warning("%s: the layer was chosen on all of these rows: nothing is compared", function)
+            else:
+                before, after = zip(*pairs, strict=True)
+                found["knockout"] = {
+                    "layer": self.out.layer_of(function), "module": self.out.module,
+                    "shots_left_out": len(touched) - len(pairs), "untouched": sum(before) / len(before),
+                    **_paired(before, after),
+                }  # fmt: skip
         if self.twice:
             own = format_layers(self.twice)
             controls = {
@@ -159,17 +187,23 @@ def show_touched(scores: dict[str, FunctionScore]) -> None:
         table = Table("function", "n", "untouched", "without", "accuracy", "gain (95 %), points")
         for name, k in out.items():
             what = f"layer {k['layer']} ({k['module']})"
-            table.add_row(name, str(k["n"]), f"{scores[name].accuracy:.1%}", what, *_cells(k))
+            table.add_row(escape(name), str(k["n"]), f"{k['untouched']:.1%}", what, *_cells(k))
         table.title = "a layer left out"
         Console().print(table)
+        if shots := sum(k["shots_left_out"] for k in out.values()):
+            print(f"{shots} rows that the layer was chosen on are left out of this comparison")
     if twice:
         table = Table("function", "n", "untouched", "twice", "accuracy", "gain (95 %), points", "controls")
         for name, r in twice.items():
-            controls = list(r["controls"].values()) or [scores[name].accuracy]
-            mean = sum(controls) / len(controls)
-            spread = f"{min(controls):.1%} to {max(controls):.1%}, mean {mean:.1%}"
+            controls = list(r["controls"].values())
+            spread = "-"
+            if controls:
+                mean = sum(controls) / len(controls)
+                spread = f"{min(controls):.1%} to {max(controls):.1%}, mean {mean:.1%}"
             layers = format_layers(r["layers"])
-            table.add_row(name, str(r["n"]), f"{scores[name].accuracy:.1%}", layers, *_cells(r), spread)
+            table.add_row(
+                escape(name), str(r["n"]), f"{scores[name].accuracy:.1%}", layers, *_cells(r), spread
+            )
         table.title = "layers run twice; controls: as many layers elsewhere"
         Console().print(table)
 

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Question:
     """One thing to ask: the turns before the answer, their images (opened when they are needed), the
-    expected answer and how to judge it."""
+    expected answer, how to judge it, and the row of the data file that it is (from 0), if it is one."""
 
     function: str
     messages: tuple[Message, ...]
     images: tuple[Image.Image | ImageRef, ...]
     answer: str
     match: str = "exact"
+    row: int | None = None
 
     def opened(self) -> list[Image.Image]:
         """The images as RGB pictures."""
@@ -85,4 +86,4 @@ def row_questions(row: Row, match: str = "exact") -> Iterator[Question]:
     """Single-turn rows, grouped by their `source`. Rows of several turns are not scored."""
     if [m.role for m in row.messages if m.role != "system"] == ["user", "assistant"]:
         *before, reply = row.messages
-        yield Question(row.source, tuple(before), row.images, reply.text.strip(), match)
+        yield Question(row.source, tuple(before), row.images, reply.text.strip(), match, row.row)

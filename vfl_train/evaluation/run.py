@@ -56,7 +56,7 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
         raise ConfigError(f"--fail-if-drop names {unknown[0]!r}, which is not measured here")
     drops = DropFrom(config.drop_from, config.path, config.batch_tokens)
     drops.check(vlm.num_layers)
-    touched = TouchedLayers.of(config, vlm.info, [q.function for q in questions])
+    touched = TouchedLayers.of(config, vlm.info, [q.function for q in questions], digest)
     if config.dry_run:
         estimate(vlm, questions, config, drops, touched)
         return {}

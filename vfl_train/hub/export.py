@@ -61,7 +61,7 @@ def export(config: ExportConfig) -> Path:
     if is_adapter:
         check_adapter(source)
     names = exported_names(source, is_adapter)
-    _check_secrets(source, names)
+    check_secrets(source, names)
     wanted = fingerprint("export", config, {"source": file_sha256(source / MANIFEST)})
     with RunFolder.open(config.output, wanted, config.overwrite) as run:
         if run.already_done:
@@ -91,7 +91,7 @@ def exported_names(source: Path, is_adapter: bool) -> list[str]:
     return sorted(n for n in listed if n in allowed or (not is_adapter and _SHARD.match(n)))
 
 
-def _check_secrets(source: Path, names: list[str]) -> None:
+def check_secrets(source: Path, names: list[str]) -> None:
     """Raises ConfigError naming the file with something that looks like a token or a home path."""
     for name in names:
         path = source / name

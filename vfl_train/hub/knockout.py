@@ -7,6 +7,7 @@ it adds nothing, as under the hook. Nothing else of the checkpoint changes.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from vfl_train.errors import ConfigError, VerificationError
 from vfl_train.hub.card import knockout_card
+from vfl_train.hub.export import check_secrets
 from vfl_train.hub.load import CONFIG
 from vfl_train.hub.manifest import verify_manifest
 from vfl_train.hub.merge import save_model
@@ -35,12 +37,14 @@ from vfl_train.knockout.record import Knockout, knockout_file
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.models.vlm import DTYPES
-from vfl_train.runs import MANIFEST, RunFolder, file_sha256, fingerprint
+from vfl_train.runs import MANIFEST, MARKER, RunFolder, file_sha256, fingerprint
+from vfl_train.schemas import read_json
 
 if TYPE_CHECKING:
     from vfl_train.config import ExportConfig
 
 KNOCKOUT_RECORD = "knocked_out.json"  # what was done, beside the model
+LICENCES = ("LICENSE", "NOTICE")  # go where the weights go
 OUTPUTS = ("o_proj", "down_proj")  # the projections out of attention and MLP
 log = logging.getLogger(__name__)
 
@@ -53,8 +57,8 @@ def export_knockout(config: ExportConfig) -> Path:
         The output folder.
 
     Raises:
-        ConfigError: a file that abstained or is of another model, an adapter, or a module that has no single
-            projection out (a mixture of experts).
+        ConfigError: a file that abstained, is not confirmed or is of another model, an adapter, a module that
+            has no single projection out (a mixture of experts), or a token or home path in what was written.
         VerificationError: a file of the source was changed since it was written, or the result does not
             answer as the hook does.
     """
@@ -68,12 +72,18 @@ def export_knockout(config: ExportConfig) -> Path:
             else "there is nothing to export"
         )
         raise ConfigError(f"{config.knockout} leaves out no layer for all rows together: it abstained", fix)
+    if not found.confirmed:
+        raise ConfigError(
+            f"{config.knockout} has a layer whose gain is not confirmed on the rows held out",
+            "run vfl-train knockout on more rows",
+        )
     if (config.source / CONFIG).is_file():
         raise ConfigError(f"{config.source} is an adapter", "merge it first, then export the merged model")
     if (config.source / MANIFEST).is_file():
         verify_manifest(config.source)
     vlm = load_as_saved(str(config.source))
-    found.check_model(vlm.info)
+    for warning in found.check_model(vlm.info):
+        log.warning("%s", warning)
     projections_out(vlm, found.layer, found.module)  # fails before anything is written
     inputs = {"source": model_digest(vlm), "knockout": file_sha256(knockout_file(config.knockout))}
     wanted = fingerprint("export", config, inputs, ("torch", "transformers"))
@@ -83,12 +93,29 @@ def export_knockout(config: ExportConfig) -> Path:
             return run.folder
         record = silence_layer(vlm, found.layer, found.module)
         save_model(vlm, run.folder)
+        if vlm.folder is not None:
+            record["earlier"] = earlier_layers(vlm.folder)
+            for licence in LICENCES:
+                if (vlm.folder / licence).is_file():
+                    shutil.copyfile(vlm.folder / licence, run.folder / licence)
         name = public_name(vlm.name_or_path)
         run.write_json(KNOCKOUT_RECORD, record)
         run.write_json(REFERENCE, make_reference(vlm.model, vlm.processor))
         run.write_text("README.md", knockout_card(name, found.layer, record["zeroed"], vlm.dtype))
+        written = (p.name for p in run.folder.iterdir() if p.is_file() and p.name != MARKER)
+        check_secrets(run.folder, sorted(written))
     log.info("%s: layer %d without its %s", run.folder, found.layer, found.module)
     return run.folder
+
+
+def earlier_layers(folder: Path) -> list[dict[str, Any]]:
+    """What earlier exports left out of the model in `folder`, the first one first. Raises ConfigError."""
+    if not (folder / KNOCKOUT_RECORD).is_file():
+        return []
+    record = read_json(folder / KNOCKOUT_RECORD)
+    if not isinstance(record, dict) or not {"layer", "module", "zeroed"} <= record.keys():
+        raise ConfigError(f"{folder / KNOCKOUT_RECORD} does not say what was left out")
+    return [*record.get("earlier", []), {key: record[key] for key in ("layer", "module", "zeroed")}]
 
 
 def load_as_saved(name: str) -> VisionLanguageModel:

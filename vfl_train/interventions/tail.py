@@ -7,7 +7,8 @@ base rows only; the others are kept beside them, and at the last layer the posit
 are returned, so that the model's own norm and head make the logits.
 
 Cost of L single-layer knockouts plus base, in layers of one sequence: L + L(L + 1)/2 instead of L(L + 1),
-about half. A rerun after the last layer costs one layer.
+about half. A rerun after the last layer costs one layer. A base that nobody reads is dropped where the last
+of its branches leaves it, so that a branch alone costs what a plain forward does.
 
 Exact as the reference path is; where it cannot be, `NotExact` says why.
 """
@@ -91,7 +92,8 @@ def _passes(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 @dataclass
 class _Pass:
-    """Who is where in a batch: bases first, then branches in the order in which they leave them."""
+    """Who is where in a batch: bases first, those that nobody reads by where their last branch leaves them,
+    the others after them; then branches in the order in which they leave them."""
 
     rows: Sequence[Row]
     depth: int
@@ -99,19 +101,23 @@ class _Pass:
     base_of: list[int] = field(default_factory=list)  # of each slot
     slot_of: list[int] = field(default_factory=list)  # of each row
     entries: list[Entry] = field(default_factory=list)  # of each slot after the bases, ascending
+    leaving: list[Entry] = field(default_factory=list)  # of each unread base: its last branch's, ascending
 
     def __post_init__(self) -> None:
-        numbers: dict[Key, int] = {}
-        base_of_row = []
-        for row in self.rows:
+        own = [self._entry(row.branch) for row in self.rows]
+        prompts: dict[Key, tuple[Prompt, tuple[int, ...]]] = {}
+        last: dict[Key, Entry] = {}
+        for row, entry in zip(self.rows, own, strict=True):
             key = _key(row)
-            if key not in numbers:
-                numbers[key] = len(self.bases)
-                self.bases.append((row.prompt, _context(row)))
-            base_of_row.append(numbers[key])
+            prompts[key] = row.prompt, _context(row)
+            last[key] = max(last.get(key, (0, False)), entry or (self.depth, False))  # read: never left
+        numbers = {key: i for i, key in enumerate(sorted(prompts, key=last.__getitem__))}
+        self.bases = [prompts[key] for key in numbers]
+        self.leaving = [last[key] for key in numbers if last[key][0] < self.depth]
+        base_of_row = [numbers[_key(row)] for row in self.rows]
         self.base_of = list(range(len(self.bases)))
         self.slot_of = list(base_of_row)
-        entering = [(entry, i) for i, row in enumerate(self.rows) if (entry := self._entry(row.branch))]
+        entering = [(entry, i) for i, entry in enumerate(own) if entry]
         for entry, i in sorted(entering):
             self.slot_of[i] = len(self.base_of)
             self.base_of.append(base_of_row[i])
@@ -129,6 +135,10 @@ class _Pass:
     def alive(self, entry: Entry) -> int:
         """Slots in use once the rows of `entry` are in."""
         return len(self.bases) + sum(e <= entry for e in self.entries)
+
+    def done(self, entry: Entry) -> int:
+        """How many slots, from the first on, nobody needs once the rows of `entry` are in."""
+        return sum(e <= entry for e in self.leaving)
 
     def slots(self, kind: str, **settings: str) -> dict[int, list[int]]:
         """Layer -> slots that have an intervention of this kind and these settings there."""
@@ -167,6 +177,7 @@ class _Tail:
         self.base_of = torch.tensor(plan.base_of, device=vlm.device)
         self.forwards: list[Callable] = []
         self.running_again = False
+        self.done = 0  # slots before this one do not run any more
         self.uniform = plan.slots("uniform")
         self.itself, self.at_end = plan.slots("rerun", at="itself"), plan.slots("rerun", at="end")
         self.given: dict[int, dict[str, Any]] = {}  # arguments of the layers that run again at the end
@@ -189,7 +200,7 @@ class _Tail:
             for module in ("attention", "mlp", "both"):
                 for index, slots in self.plan.slots("knockout", module=module).items():
                     for name in silenced_modules(self.vlm, module):
-                        hook = self._unless_again(silence(slots))
+                        hook = self._silencing(slots)
                         undo.callback(
                             getattr(self.vlm.layers[index], name).register_forward_hook(hook).remove
                         )
@@ -197,12 +208,17 @@ class _Tail:
                 undo.enter_context(uniform_attention(self.vlm, self._uniform_at))
             yield
 
-    def _unless_again(self, hook: Callable) -> Callable:
+    def _silencing(self, slots: list[int]) -> Callable:
         """Slots that run again stand elsewhere in their batch, and nothing touches them there."""
-        return lambda *args: None if self.running_again else hook(*args)
+        return lambda *args: None if self.running_again else silence(self._running(slots))(*args)
 
     def _uniform_at(self, layer: int) -> list[int] | None:
-        return None if self.running_again else self.uniform.get(layer)
+        slots = None if self.running_again else self.uniform.get(layer)
+        return slots and self._running(slots)
+
+    def _running(self, slots: list[int]) -> list[int]:
+        """Where `slots` stand among those that run."""
+        return [slot - self.done for slot in slots]
 
     # --- one layer -------------------------------------------------------------------------------
 
@@ -212,13 +228,18 @@ class _Tail:
         hidden = self._let_in(hidden_states, self._carried(index, hidden_states), (index, False))
         if index in self.at_end:
             self.given[index] = kwargs
-        out = hidden_of(self.forwards[index](hidden, **self._of(kwargs, slice(len(hidden)))))
+        self.done = self.plan.done((index, False))
+        run = slice(self.done, len(hidden))
+        out = hidden_of(self.forwards[index](hidden[run], **self._of(kwargs, run)))
+        tokens = out.shape[0] * out.shape[1]
+        if self.done:  # what is left behind stands still
+            out = torch.cat([hidden[: self.done], out])
         out = self._let_in(out[: len(self.plan.bases)], out[len(self.plan.bases) :], (index, True))
         self._again(index, out, self.itself.get(index), kwargs)
         if index == self.vlm.num_layers - 1:
-            self.cost.last_layer_tokens += hidden.shape[0] * hidden.shape[1]
+            self.cost.last_layer_tokens += tokens
             return self._read(out)
-        self.cost.token_layers += hidden.shape[0] * hidden.shape[1]
+        self.cost.token_layers += tokens
         self.returned, self.branches = out[: len(self.plan.bases)], out[len(self.plan.bases) :]
         return self.returned
 
@@ -271,7 +292,7 @@ class _Tail:
                 self.repeated[id(t)] = t, t.index_select(axis, self.base_of)
             full = self.repeated[id(t)][1]
             if isinstance(slots, slice):
-                return full.narrow(axis, 0, slots.stop)
+                return full.narrow(axis, slots.start, slots.stop - slots.start)
             return full.index_select(axis, slots)
 
         out = map_token_tensors(kwargs, lambda t, axis: cut(t, t.dim() + axis - 1))

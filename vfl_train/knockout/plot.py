@@ -77,8 +77,9 @@ def _similarity(panel: SubFigure | Figure, found: dict[str, Any]) -> None:
                 x, y, "-" if r is None else f"{r:.2f}", ha="center", va="center", fontsize=8, color=ink
             )
     labels = [style.short(names[i], 18) for i in order]
-    matrix.set_yticks(range(len(order)), labels)
-    matrix.set_xticks(range(len(order)), labels, rotation=30, ha="right")
+    # A name is never read as a formula.
+    matrix.set_yticks(range(len(order)), labels, parse_math=False)
+    matrix.set_xticks(range(len(order)), labels, rotation=30, ha="right", parse_math=False)
     matrix.tick_params(length=0, labelsize=8)
     matrix.spines[:].set_visible(False)
     style.titled(matrix, "Pearson correlation of the margins")

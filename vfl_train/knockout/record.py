@@ -20,12 +20,17 @@ def knockout_file(path: str | Path) -> Path:
 @dataclass(frozen=True)
 class Knockout:
     """What eval and export need of a knockout.json. `layer`: of all rows together, None if it abstained;
-    `tasks`: the layer of each task."""
+    `tasks`: the layer of each task. `confirmed`, `confirmed_tasks`: whether the gain on the samples held out
+    is above zero, interval and all. `data_sha256`, `shot_rows`: the file and the rows chosen on."""
 
     model: ModelInfo
     module: str
     layer: int | None
     tasks: dict[str, int | None]
+    confirmed: bool
+    confirmed_tasks: dict[str, bool]
+    data_sha256: str | None
+    shot_rows: frozenset[int]
 
     @classmethod
     def load(cls, path: str | Path) -> Knockout:
@@ -39,17 +44,33 @@ class Knockout:
         try:
             model = ModelInfo(**value["model"])
             tasks = {str(name): task["layer"] for name, task in value["tasks"].items()}
-            found = cls(model, value["module"], value["layer"], tasks)
+            sure = {str(name): task.get("confirmed") is True for name, task in value["tasks"].items()}
+            rows = frozenset(i for task in value["tasks"].values() for i in task.get("shot_rows", []))
+            sha256 = value.get("data", {}).get("sha256")
+            found = cls(
+                model,
+                value["module"],
+                value["layer"],
+                tasks,
+                value.get("confirmed") is True,
+                sure,
+                sha256,
+                rows,
+            )
         except (KeyError, TypeError, AttributeError) as e:
             raise ConfigError(f"{path} does not follow the knockout contract: {e}") from None
+        wrong_type = _wrong_type(model)
+        if wrong_type:
+            raise ConfigError(f"{path} does not follow the knockout contract: model.{wrong_type}")
         layers = [found.layer, *found.tasks.values()]
         wrong = [k for k in layers if k is not None and not _is_layer(k, model.num_layers)]
-        if wrong or found.module not in MODULES:
+        if wrong or not isinstance(found.module, str) or found.module not in MODULES:
             raise ConfigError(f"{path} does not follow the knockout contract: {wrong or found.module}")
         return found
 
-    def check_model(self, model: ModelInfo) -> None:
-        """Refuse a model of another type, depth or width (ConfigError)."""
+    def check_model(self, model: ModelInfo) -> list[str]:
+        """Refuse a model of another type, depth or width (ConfigError); return warnings about another name or
+        revision."""
         for key in ("model_type", "num_layers", "hidden_size"):
             ours, theirs = getattr(self.model, key), getattr(model, key)
             if ours != theirs:
@@ -57,10 +78,38 @@ class Knockout:
                     f"this knockout.json is of a model with {key} {ours}, the model has {theirs}",
                     "run vfl-train knockout on this model",
                 )
+        return [
+            f"this knockout.json is of {key} {getattr(self.model, key)!r}, "
+            f"the model is {getattr(model, key)!r}"
+            for key in ("name_or_path", "revision")
+            if getattr(self.model, key) != getattr(model, key)
+        ]
 
     def layer_of(self, task: str) -> int | None:
         """The layer to leave out for a task: its own if the file names the task, else that of all rows."""
         return self.tasks.get(task, self.layer)
+
+    def is_confirmed(self, task: str) -> bool:
+        """Whether the gain of `layer_of(task)` is confirmed on samples held out."""
+        return self.confirmed_tasks.get(task, self.confirmed)
+
+    def shots_of(self, data_sha256: str) -> frozenset[int]:
+        """The rows chosen on, if these are of the data with this digest."""
+        return self.shot_rows if data_sha256 == self.data_sha256 else frozenset()
+
+
+def _wrong_type(model: ModelInfo) -> str | None:
+    """The field of `model` that is of another type than it says, or None."""
+    for key in ("num_layers", "hidden_size"):
+        value = getattr(model, key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            return key
+    texts = {
+        "name_or_path": model.name_or_path,
+        "model_type": model.model_type,
+        "revision": model.revision or "",
+    }
+    return next((key for key, value in texts.items() if not isinstance(value, str)), None)
 
 
 def _is_layer(value: Any, depth: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vfl_train.data.readers import read_dataset
@@ -17,7 +19,7 @@ from vfl_train.evaluation.questions import Question, row_questions
 from vfl_train.interventions import Branch, knockout
 from vfl_train.knockout.choice import Choice, choose, draw_shots, paired_gain
 from vfl_train.knockout.cluster import average_linkage, leaf_order, pearson
-from vfl_train.knockout.measure import Meter, Vectors, together
+from vfl_train.knockout.measure import Meter, Vectors, forced, together
 from vfl_train.knockout.plot import plot_bytes
 from vfl_train.knockout.record import SCHEMA_VERSION
 from vfl_train.models import VisionLanguageModel
@@ -64,7 +66,7 @@ def run_knockout(config: KnockoutConfig) -> dict[str, Any]:
         config.model, config.revision, config.dtype, config.device, config.load_in_4bit, config.max_pixels
     )
     if config.dry_run:
-        print("\n".join(estimate(vlm, tasks)))
+        print("\n".join(estimate(vlm, questions, tasks, config)))
         return {}
     inputs = {"data": dataset.sha256, "model": model_digest(vlm)}
     wanted = fingerprint("knockout", config, inputs, PACKAGES)
@@ -73,7 +75,7 @@ def run_knockout(config: KnockoutConfig) -> dict[str, Any]:
             print(f"already done: {run.folder}")
             found = dict(read_json(run.folder / "knockout.json"))
         else:
-            print("\n".join(estimate(vlm, tasks)))
+            print("\n".join(estimate(vlm, questions, tasks, config)))
             found = measure_tasks(vlm, questions, tasks, config)
             found["data"] = {"name": dataset.path.name, "sha256": dataset.sha256}
             run.write_json("knockout.json", found)
@@ -83,9 +85,10 @@ def run_knockout(config: KnockoutConfig) -> dict[str, Any]:
 
 
 def split(questions: list[Question], shots: int, seed: int, where: str) -> list[Task]:
-    """Shots and held-out samples of each task (`source` of the rows), by `seed`. Raises DataError."""
+    """Shots and held-out samples of each task (`source` of the rows), by `seed` and the
+    task's name: other tasks of the file change nothing. Raises DataError."""
     tasks = []
-    for number, name in enumerate(dict.fromkeys(q.function for q in questions)):
+    for name in dict.fromkeys(q.function for q in questions):
         mine = [i for i, q in enumerate(questions) if q.function == name]
         if len(mine) < shots + MIN_HELD_OUT:
             raise DataError(
@@ -94,9 +97,9 @@ def split(questions: list[Question], shots: int, seed: int, where: str) -> list[
                 "give more rows or fewer --shots",
             )
         try:
-            drawn = draw_shots(
-                [questions[i].answer for i in mine], shots, np.random.default_rng([seed, number])
-            )
+            number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+            rng = np.random.default_rng([seed, number])
+            drawn = draw_shots([questions[i].answer for i in mine], shots, rng, questions[mine[0]].match)
         except DataError as e:
             raise DataError(f"{where}: the task {name!r}: {e.message}", e.fix) from None
         chosen = {mine[i] for i in drawn}
@@ -129,9 +132,8 @@ def measure_tasks(
     def record(name: str, shots: list[int], held: list[int]) -> dict[str, Any]:
         at = choices[name].candidate
         right = [(held_out[i].right[0, 0], held_out[i].right[0, 1 + wanted[i].index(at)]) for i in held]
-        return task_record(
-            choices[name], len(shots), [bool(b) for b, _ in right], [bool(a) for _, a in right]
-        )
+        rows = [row for i in shots if (row := questions[i].row) is not None]
+        return task_record(choices[name], rows, [bool(b) for b, _ in right], [bool(a) for _, a in right])
 
     records = {name: record(name, shots, held) for name, shots, held in groups}
     found = {
@@ -152,13 +154,18 @@ def measure_tasks(
 def _choose(questions: list[Question], shots: list[int], on_shots: dict[int, Vectors], seed: int) -> Choice:
     vectors = together([on_shots[i] for i in shots])
     answers = [questions[i].answer for i in shots]
-    return choose(vectors.right, vectors.logprob, answers, np.random.default_rng([seed, 1_000_000]))
+    rng, mine = np.random.default_rng([seed, 1_000_000]), [questions[i] for i in shots]
+    tasks = [q.function for q in mine]
+    return choose(vectors.right, vectors.logprob, answers, rng, mine[0].match, tasks)
 
 
-def task_record(choice: Choice, shots: int, before: list[bool], after: list[bool]) -> dict[str, Any]:
-    """What knockout.json says of one task. `before`, `after`: the held-out samples untouched and without the
-    candidate. `held_out_gain` and `ci95` are of the layer to knock out, None where that is none; `candidate`
-    has them anyway."""
+def task_record(
+    choice: Choice, shot_rows: list[int], before: list[bool], after: list[bool]
+) -> dict[str, Any]:
+    """What knockout.json says of one task. `shot_rows`: the rows of the data chosen on. `before`, `after`:
+    the held-out samples untouched and without the candidate. `held_out_gain`, `ci95` and `confirmed` (it is
+    above zero, interval and all) are of the layer to knock out, None where that is none; `candidate` has the
+    former two anyway."""
     gain, interval = paired_gain(before, after)
     chosen = choice.layer is not None
     return {
@@ -167,7 +174,9 @@ def task_record(choice: Choice, shots: int, before: list[bool], after: list[bool
         "layer": choice.layer,
         "held_out_gain": gain if chosen else None,
         "ci95": interval if chosen else None,
-        "shots": shots,
+        "confirmed": interval[0] > 0 if chosen else None,
+        "shots": len(shot_rows),
+        "shot_rows": shot_rows,
         "reason": choice.reason,
         "accuracy": choice.accuracy,
         "p_value": choice.p_value,
@@ -188,17 +197,32 @@ def similarity(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def estimate(vlm: VisionLanguageModel, tasks: list[Task]) -> list[str]:
-    """How much there is to do, in words."""
+def estimate(
+    vlm: VisionLanguageModel, questions: list[Question], tasks: list[Task], config: KnockoutConfig
+) -> list[str]:
+    """How much there is to do, in words; a task's shots taken to be as long as its first."""
     shots, held = sum(len(t.shots) for t in tasks), sum(len(t.held_out) for t in tasks)
-    depth = vlm.num_layers
-    shared = 1 + (depth + 1) / 2  # the base, and of the branches what is not shared: see `tail`
+    depth, on_shots = vlm.num_layers, 0.0
+    for task in tasks:
+        prompt, answer = forced(vlm, questions[task.shots[0]])
+        fits = config.batch_tokens // (prompt.length + len(answer)) if config.path == "engine" else 1
+        on_shots += len(task.shots) * sweep_forwards(depth, fits)
     counts = ", ".join(f"{t.name} {len(t.shots) + len(t.held_out)}" for t in tasks)
     return [
         f"{len(tasks)} tasks, {shots} shots, {held} held out: {counts}",
-        f"{depth + 1} branches of a shot take {shared:.1f} plain forwards, a held-out sample 2 or 3: about "
-        f"{shots * shared + 2 * held:.0f} in all, and what it takes to generate wrong answers",
+        f"{depth + 1} branches of a shot take {on_shots / shots:.1f} plain forwards, a held-out sample 2 or "
+        f"3: about {on_shots + 2 * held:.0f} in all, and what it takes to generate wrong answers",
     ]
+
+
+def sweep_forwards(depth: int, fits: int) -> float:
+    """Plain forwards that the base and a knockout of each layer take, `fits` sequences at a time: a pass runs
+    the base up to where its last branch leaves it (the first pass to the end, for it is read)."""
+    layers, each = 0, max(1, fits - 1)
+    for first in range(0, depth, each):
+        branches = range(first, min(first + each, depth))
+        layers += (depth if first == 0 else branches[-1]) + sum(depth - k for k in branches)
+    return layers / depth
 
 
 def show(found: dict[str, Any]) -> None:
@@ -209,7 +233,7 @@ def show(found: dict[str, Any]) -> None:
         best, held = task["candidate"], task["held_out"]
         low, high = best["ci95"]
         table.add_row(
-            name, str(task["shots"]), "none" if task["layer"] is None else str(task["layer"]),
+            escape(name), str(task["shots"]), "none" if task["layer"] is None else str(task["layer"]),
             f"{best['layer']}: {task['margin'][best['layer']]:+.2f}, {task['p_value']:.3f}",
             f"{100 * held['accuracy']:.0f} -> {100 * held['without']:.0f} of {held['n']}",
             f"{best['held_out_gain']:+.1f} ({low:+.0f} to {high:+.0f})",
@@ -218,6 +242,14 @@ def show(found: dict[str, Any]) -> None:
     for name, task in found["tasks"].items():
         if task["reason"]:
             print(f"{name}: nothing is knocked out: {task['reason']}")
+        elif not task["confirmed"]:
+            low, high = task["ci95"]
+            print(
+                f"warning: {name}: layer {task['layer']} is not confirmed on the rows held out: "
+                f"{task['held_out_gain']:+.1f} points ({low:+.0f} to {high:+.0f})"
+            )
+    if several and found["layer"] is not None and not found["confirmed"]:
+        print(f"warning: all rows: layer {found['layer']} is not confirmed on the rows held out")
     cost = found["cost"]
     print(f"cost: {cost['plain_forwards']:.1f} plain forwards of a sample, {cost['seconds']:.0f} s")
     if line := reference_line(cost):
