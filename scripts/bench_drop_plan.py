@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompt = bench.inputs["input_ids"].shape[1]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(args.device),
+        "hardware": hardware(args.device), "device": args.device,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("vfl-train", "torch", "transformers")},
         "preset": args.preset, "dtype": args.dtype, "shape": asdict(shape), "prompt_tokens": prompt,
@@ -225,11 +225,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The result on one screen."""
-    shape, clock = report["shape"], "" if "cuda" in report["hardware"].lower() else "_cpu"
+    shape, on_cpu = report["shape"], not report["device"].startswith("cuda")
+    clock, label = ("_cpu", "processor") if on_cpu else ("", "wall")
     lines = [
         f"{report['hardware']}, {report['dtype']}, hidden={shape['hidden']} layers={shape['layers']} "
         f"batch={shape['batch']}, {report['image_tokens']} image tokens of {report['prompt_tokens']}, "
-        f"{report['new_tokens']} new",
+        f"{report['new_tokens']} new; {label} seconds",
         f"{'side':<12}{'prefill s':>11}{'s/token':>16}{'cache MiB':>18}{'prefill GFLOP':>22}",
     ]
     for name, m in report["median"].items():

@@ -193,6 +193,41 @@ def test_any_way_of_generating_equals_masks(family, options):
     assert outputs[0] == outputs[1] and outputs[0] != said(vlm, prompts, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "temperature": 1.5, "top_k": 20}],
+    ids=str,
+)
+def test_given_image_tokens_follow_the_rows(options):
+    """Beams and several sequences a prompt: the batch is a multiple of what was given."""
+    vlm = tiny_vlm("qwen2_5_vl")
+    prompts, found = prompts_of(vlm), []
+    for tokens in (None, image_tokens(prompts, left=True)):
+        torch.manual_seed(0)
+        with drop_images_from(vlm.model, 1, tokens):
+            found.append(said(vlm, prompts, **options))
+    assert found[0] == found[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [False, True])
+def test_a_prefill_token_by_token_knows_its_images(given):
+    """Forwards of one image token each are an image's, as in one forward of them all."""
+    vlm, cache = tiny_vlm("llava"), DynamicCache()
+    ids, start, stop = torch.arange(20, 32)[None].clone(), 3, 8
+    dropped = torch.zeros_like(ids, dtype=torch.bool)
+    dropped[:, start:stop] = True
+    ids[dropped] = vlm.image_token_id
+    with masked(vlm.model, 1, dropped):
+        whole = vlm.model(input_ids=ids, use_cache=False).logits
+    with drop_images_from(vlm.model, 1, dropped if given else None):
+        parts = [vlm.model(input_ids=one, past_key_values=cache).logits for one in ids.split(1, 1)]
+    text = ~dropped
+    torch.testing.assert_close(torch.cat(parts, 1)[text], whole[text], atol=2e-4, rtol=1e-4)
+    untouched = vlm.model(input_ids=ids, use_cache=False).logits
+    assert (whole[text] - untouched[text]).abs().max() > 0.01, "the drop is not felt"
+
+
 @torch.no_grad()
 def test_unequal_images_in_equal_lengths(monkeypatch):
     """No padding, so that transformers makes no mask at all: what one row has more of image is filled, and
@@ -334,6 +369,18 @@ def test_a_sliding_layer_forgets_text_beyond_its_window():
             **stack(vlm, [(prompt, ())]), max_new_tokens=20, min_new_tokens=20, return_dict_in_generate=True
         )
     assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [13] * LAYERS
+
+
+@pytest.mark.parametrize(("window", "kept"), [(1, []), (2, [4]), (9, [0, 1, 2, 3, 4])])
+def test_a_window_keeps_one_key_less(window, kept):
+    """The next token is its last; of a window of one nothing stays."""
+    layer, keys = TextOnlyLayer(window), torch.arange(5.0)[None, None, :, None]
+    layer.grow(torch.arange(5)[None], 5, False)
+    seen, _ = layer.update(keys, keys)
+    assert seen.flatten().tolist() == [0, 1, 2, 3, 4] and layer.keys.flatten().tolist() == kept
+    layer.grow(torch.arange(6)[None], 6, False)
+    seen, _ = layer.update(keys[:, :, :1], keys[:, :, :1])
+    assert seen.flatten().tolist() == [*kept, 0]
 
 
 def test_a_shortened_layer_follows_its_rows():

@@ -191,6 +191,37 @@ def test_other_ways_into_the_model(vlm, inputs):
         vlm.model(**inputs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_an_image_at_the_end_of_any_row(vlm, left):
+    """generate would read logits that are not computed. Padding after it is not the end of the row's text."""
+    long, short = prompts_of(vlm)[1], prompts_of(vlm)[0]
+    inputs = stack(vlm, [(p, ()) for p in (long, short)], left=True)
+    ids = inputs["input_ids"]
+    row = 1 if left else 0
+    ids = ids.clone()
+    ids[row, -1] = vlm.image_token_id
+    mask = inputs["attention_mask"]
+    with drop_images_from(vlm.model, 2), pytest.raises(ConfigError, match="no row may end with an image"):
+        vlm.model(input_ids=ids, attention_mask=mask)
+    tokens = torch.zeros_like(ids, dtype=torch.bool)
+    tokens[row, -1] = True
+    with (
+        drop_images_from(vlm.model, 2, tokens),
+        pytest.raises(ConfigError, match="no row may end with an image"),
+    ):
+        vlm.model(**inputs)
+
+
+def test_a_model_spread_over_devices(vlm, monkeypatch):
+    monkeypatch.setattr(vlm.model, "hf_device_map", {"visual": 0, "language_model": 1}, raising=False)
+    with pytest.raises(ConfigError, match="on one device"), drop_images_from(vlm.model, 1):
+        pass
+    monkeypatch.setattr(vlm.model, "hf_device_map", {"visual": "cpu", "language_model": "cpu"})
+    with drop_images_from(vlm.model, 1):
+        pass
+
+
 def test_layers_without_self_attention_over_all_tokens(vlm, inputs, monkeypatch):
     """Attention of the layer's own making, and attention to something else than the tokens."""
     attention = vlm.attention(2)

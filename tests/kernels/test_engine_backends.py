@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from kernel_cases import DEVICE
@@ -11,6 +13,7 @@ from tiny_models import LAYERS, tiny_vlm
 from vfl_train.interventions import Row, drop, engine, read_out, swap
 from vfl_train.interventions.readout import Cost
 from vfl_train.kernels.vision_kv import triton_path
+from vfl_train.models import VisionLanguageModel
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not triton_path.interpreted(), reason="no GPU, and TRITON_INTERPRET is not 1"
@@ -26,8 +29,8 @@ def picture(seed: int) -> Image.Image:
 def test_triton_under_the_engine(monkeypatch, phase):
     """Drops and swaps in a pair, grouped-query attention: log-probabilities as by the torch path, and as by
     the reference path, which has no such attention at all."""
-    vlm = tiny_vlm("qwen2_5_vl")
-    vlm.model.to(DEVICE)
+    shared = tiny_vlm("qwen2_5_vl")  # stays where it is
+    vlm = VisionLanguageModel(copy.deepcopy(shared.model).to(DEVICE), shared.processor, shared.name_or_path)
     a, b = (vlm.prompt("what text is written here ?", [picture(seed)]) for seed in (0, 1))
     rows = [Row(a, (7, 11)), Row(b, (9,))]
     rows += [Row(a, (7, 11), drop([k], phase=phase)) for k in range(LAYERS)]

@@ -5,6 +5,8 @@ The bound everywhere: an error at most twice that of the plain computation in th
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -326,3 +328,24 @@ def test_plans_are_made_once():
     lists = {k: v.tolist() if torch.is_tensor(v) and k not in TENSORS else v for k, v in case.items()}
     vision_kv_attention(**lists, backend="triton")
     assert triton_path._plan.cache_info().misses == made
+
+
+def test_a_plan_made_for_inference_serves_training():
+    """Tables that autograd saves must not be inference tensors."""
+    case = without_nan(random_case(Shape(42)))
+    triton_path._plan.cache_clear()
+    leaves = {name: case[name].requires_grad_() for name in TENSORS}
+    with torch.inference_mode(), torch.enable_grad():
+        vision_kv_attention(**{**case, **leaves}, backend="triton")
+    made = triton_path._plan.cache_info().misses
+    vision_kv_attention(**{**case, **leaves}, backend="triton").sum().backward()
+    assert made == triton_path._plan.cache_info().misses == 1
+    assert all(leaf.grad is not None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_cuda_needs_compiled_kernels(monkeypatch, compiled):
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(1, 1, 1, 16))
+    monkeypatch.setattr(triton_path, "compiled", lambda: compiled)
+    reason = triton_path.refusal(q)
+    assert reason is None if compiled else "TRITON_INTERPRET" in reason

@@ -196,3 +196,107 @@ def test_an_empty_prefix_beside_a_full_one(dtype):
     wanted = vision_kv_attention(q, pk, pv, sk, sv, backend="reference", **indices)
     for a, b in zip(ours, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+TENSORS = ("q", "prefix_k", "prefix_v", "suffix_k", "suffix_v")
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in TENSORS), TENSORS], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_last_stride(names, dtype):
+    """Fused kernels take the last stride for 1, whatever it is."""
+    for seed in range(6):
+        arguments = case(seed, dtype)
+        wanted = vision_kv_attention(**arguments, backend="torch", return_lse=True)
+        for name in names:
+            arguments[name] = arguments[name].transpose(2, 3).contiguous().transpose(2, 3)
+        found = vision_kv_attention(**arguments, backend="torch", return_lse=True)
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(real(a, arguments), real(b, arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_are_not_rounded_to_16_bit(dtype):
+    """With gradients and by the definition the log-sum-exp is a float32 figure of the given values."""
+    for seed in range(6):
+        arguments = case(seed, dtype)
+        exact = vision_kv_attention(**wide(arguments), backend="reference", return_lse=True)[1]
+        for backend in ("torch", "reference"):
+            leaves = {name: arguments[name].clone().requires_grad_() for name in TENSORS}
+            _, lse = vision_kv_attention(**{**arguments, **leaves}, backend=backend, return_lse=True)
+            assert lse.dtype == torch.float32
+            torch.testing.assert_close(
+                real(lse, arguments).double(), real(exact, arguments), atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_autocast_changes_nothing(backend, gradients):
+    arguments = case(4)
+    for name in TENSORS:
+        arguments[name].requires_grad_(gradients)
+    wanted = vision_kv_attention(**arguments, backend=backend, return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vision_kv_attention(**arguments, backend=backend, return_lse=True)
+    assert all(a.dtype == b.dtype == torch.float32 for a, b in zip(found, wanted, strict=True))
+    assert all(
+        torch.equal(real(a, arguments), real(b, arguments)) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("spans", [0, 2])
+def test_no_rows_and_no_spans_as_lists(rows, spans):
+    g = torch.Generator().manual_seed(0)
+    q, sk, sv = (torch.randn(rows, 2, 4, 8, generator=g) for _ in range(3))
+    pk, pv = (torch.randn(2, 2, 5, 8, generator=g) for _ in range(2))
+    indices = {
+        "row_image": [1] * rows, "row_source": [[1] * spans] * rows, "row_start": [0] * rows,
+        "row_lengths": [4] * rows, "spans": [[(k, k + 1) for k in range(spans)]] * 2,
+    }  # fmt: skip
+    ours = vision_kv_attention(q, pk, pv, sk, sv, backend="torch", **indices)
+    wanted = vision_kv_attention(q, pk, pv, sk, sv, backend="reference", **indices)
+    torch.testing.assert_close(ours, wanted)
+    assert ours.shape == (rows, 2, 4, 8)
+
+
+INDICES = ("row_image", "row_source", "spans", "row_start", "row_lengths", "prefix_lengths")
+NO_INDICES = {"ragged": [[1], [1, 2]], "string": "0", "strings": ["a"], "object": object(), "huge": [2**70]}
+
+
+@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize(
+    "value", [*NO_INDICES.values(), [[[None]]], [], 1j], ids=[*NO_INDICES, "none", "empty", "complex"]
+)
+def test_what_holds_no_integers_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        vision_kv_attention(**{**case(2), name: value})
+
+
+@pytest.mark.parametrize("name", [*TENSORS, *INDICES[:3]])
+def test_none_is_named(name):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        vision_kv_attention(**{**case(2), name: None})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", [1.0], True, 1j], ids=str)
+def test_a_scale_is_a_finite_number(scale):
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        vision_kv_attention(**case(2), scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[..., :0], "q must have heads of some width"),
+        (lambda t: t[:, :0], "q must have heads of some width"),
+        (lambda t: t.to(torch.float8_e4m3fn), "q must be of q's floating dtype"),
+        (lambda t: t.tolist(), "q must be a tensor"),
+    ],
+)
+def test_tensors_that_no_path_takes(change, message):
+    arguments = case(2)
+    arguments |= {name: change(arguments[name]) for name in TENSORS}
+    with pytest.raises(ValueError, match=message):
+        vision_kv_attention(**arguments)

@@ -90,6 +90,19 @@ def test_bars_take_the_best_peer_and_graphs(bench):
     assert {i: bar["met"] for i, bar in found.items()} == met
 
 
+def test_a_graph_is_compared_with_graphs_only(bench):
+    """A peer that could not be captured runs against ours without a graph; the smallest ratio counts."""
+    ours = {"graph": 1e-4, "eager": 3e-4, "error": 0.0}
+    peers = {"masked": {"eager": 6e-4}, "masked_cudnn": {"graph": 4e-4, "eager": 5e-4}}
+    sweep = {"triton": ours, **peers}
+    found = {bar["id"]: bar for bar in bench.bars(bench.SHAPES, {"Q1": {"sweep": sweep}})}
+    assert (found["K1"]["measured"], found["K1"]["as"]) == (pytest.approx(2.0), "eager")
+    del sweep["masked"]
+    found = {bar["id"]: bar for bar in bench.bars(bench.SHAPES, {"Q1": {"sweep": sweep}})}
+    assert (found["K1"]["measured"], found["K1"]["as"]) == (pytest.approx(4.0), "graph")
+    assert found["K2"]["as"] is None and found["K2"]["met"] is None
+
+
 def test_shapes_are_those_of_the_bars(bench):
     """FLOPs and bytes of the table the bars come from, G = 1e9."""
     flops = {"Q1": 82.5, "Q1b": 202, "Q1c": 198, "Q1d": 21.5, "Q2": 13.3, "Q3": 143, "Q4": 54.6}

@@ -23,8 +23,9 @@ A batch's rows may differ in text and images: each layer is as wide as the row w
 others have too little of is filled with tokens that nobody sees. Left and right padding are cut out, too.
 
 What is not covered, each refused in one sentence (ConfigError): caches other than DynamicCache (static,
-quantised, offloaded), assisted decoding, videos, training, additive 4-D masks, and layers without plain
-self-attention over all tokens (cross-attention, linear attention, soft-capping, sinks).
+quantised, offloaded), assisted decoding, videos, training, additive 4-D masks, models spread over devices,
+prompts (and chunks of prompts) that end with an image, and layers without plain self-attention over all
+tokens (cross-attention, linear attention, soft-capping, sinks).
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def drop_images_from(
         image_tokens: bool [B, tokens of the prompt], true on what is dropped. None: the placeholders in
             `input_ids`. To be given with `inputs_embeds`, and where the tokens between the pieces of one
             image (row and column marks of Idefics3 and others) shall go with it, as they do in a profile.
+            A batch of several times B rows (beams, num_return_sequences) has each row so many times.
 
     Raises ConfigError for a layer that the model does not have and for what is not covered (see above).
     """
@@ -102,6 +104,8 @@ def drop_images_from(
     if layer == len(layers):
         yield
         return
+    if len(set((getattr(base, "hf_device_map", None) or {}).values())) > 1:
+        raise ConfigError("a drop plan is for a model on one device, this one is spread over several")
     if hasattr(base.forward, "drop_plan"):
         raise ConfigError("this model is already under a drop plan", "leave the other one first")
     plan = _Plan(base, layer, image_tokens)
@@ -262,10 +266,16 @@ class _Plan:
         before = None if cache is None else text_only(cache, self.first)
         seen = 0 if cache is None else cache.get_seq_length()
         text = self._text(ids, seen, shape).to(self.base.device)
-        mask = called.get("attention_mask")
+        mask, image = called.get("attention_mask"), ~text
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            text = text & mask[:, -shape[1] :].to(text.device, torch.bool)
-        place, ragged = _placed(text) if shape[1] > 1 else (None, False)
+            there = mask[:, -shape[1] :].to(text.device, torch.bool)
+            text, image = text & there, image & there
+        if shape[1] > 1 and bool(image[:, -1].any()):
+            raise ConfigError(
+                "under a drop plan no row may end with an image: its logits are not computed",
+                "put text after the image",
+            )
+        place, ragged = _placed(text) if shape[1] > 1 else (None, not bool(text.all()))
         at = torch.arange(shape[1], device=text.device).expand(shape) if place is None else place
         columns = torch.where(text.gather(1, at), at + seen, -1)
         if before is not None and before.columns is not None:
@@ -274,15 +284,16 @@ class _Plan:
         return _Step(shape, place, columns, ragged, seen + shape[1])
 
     def _text(self, ids: torch.Tensor | None, seen: int, shape: torch.Size) -> torch.Tensor:
-        """bool [B, T]: the tokens that are not an image's. A single one is text: it was generated."""
-        if shape[1] == 1 and seen:
-            return torch.ones(shape, dtype=torch.bool)
+        """bool [B, T]: the tokens that are not an image's."""
         if self.image_tokens is not None:
             given = self.image_tokens[:, seen : seen + shape[1]].bool()
-            if len(given) != shape[0]:
+            if not len(given) or shape[0] % len(given):
                 raise ConfigError(f"image_tokens has {len(given)} rows, the batch {shape[0]}")
+            given = given.repeat_interleave(shape[0] // len(given), dim=0)
             return ~torch.nn.functional.pad(given, (0, shape[1] - given.shape[1]))
         if ids is None:
+            if shape[1] == 1 and seen:
+                return torch.ones(shape, dtype=torch.bool)  # it was generated
             raise ConfigError(
                 "a drop plan cannot tell images from text without input_ids", "give image_tokens"
             )
@@ -293,7 +304,8 @@ class _Plan:
         )
         if image is None:
             raise ConfigError(f"the configuration of this {config.model_type} names no image token")
-        if video is not None and bool((ids == video).any()):
+        # Of a single token after others this is not asked: it would wait for the device at each.
+        if video is not None and not (shape[1] == 1 and seen) and bool((ids == video).any()):
             raise ConfigError("a drop plan is for images, the prompt has a video", "give image_tokens")
         return ids != image
 

@@ -49,8 +49,8 @@ class TextOnlyLayer(DynamicLayer):
         if self.window is not None:
             # A window is one of positions. After a key there stand no more keys than positions (each is a
             # token's, a filler one of another kind), so the last ones hold all that the next query can see.
-            keep = self.window - 1
-            self.keys, self.values = keys[:, :, -keep:], values[:, :, -keep:]
+            forgotten = max(0, keys.shape[2] - (self.window - 1))
+            self.keys, self.values = keys[:, :, forgotten:], values[:, :, forgotten:]
         return keys, values
 
     def get_seq_length(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Indices = torch.Tensor | Sequence
 Span = tuple[int, int]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Values of index tensors on a device, by tensor: reading them again would wait for the device.
 _read: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -42,13 +45,13 @@ def read_rows(
 ) -> Rows:
     """Raises ValueError naming the argument for a wrong shape or dtype; values are not looked at."""
     rows, images, tokens, prefix = q.shape[0], prefix_k.shape[0], q.shape[2], prefix_k.shape[2]
-    if not torch.is_tensor(spans):
-        spans = torch.as_tensor(spans)
-    count = spans.shape[1] if spans.dim() == 3 else 0
+    known = _tensor(spans, "spans")
+    count = known.shape[1] if known.dim() == 3 else 0
+    span_values = _integers(spans, "spans", (images, count, 2))  # first: K is theirs
     return Rows(
         image=_integers(row_image, "row_image", (rows,)),
         source=_integers(row_source, "row_source", (rows, count)),
-        spans=_integers(spans, "spans", (images, count, 2)),
+        spans=span_values,
         start=(0,) * rows if row_start is None else _integers(row_start, "row_start", (rows,)),
         lengths=(tokens,) * rows if row_lengths is None else _integers(row_lengths, "row_lengths", (rows,)),
         ends=(prefix,) * images
@@ -61,9 +64,11 @@ def read_rows(
 
 def _integers(value: Indices, name: str, shape: tuple[int, ...]) -> tuple:
     """`value` as nested tuples of int. Raises ValueError."""
-    tensor = torch.as_tensor(value)
-    if tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+    tensor = _tensor(value, name)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise ValueError(f"{name} must hold integers, not {tensor.dtype}")
+    if not torch.is_tensor(value) and 0 in shape and tuple(tensor.shape) == shape[: tensor.dim()]:
+        tensor = tensor.reshape(shape)  # empty lists do not tell: [] is [0, K], [[]] is [1, 0, 2]
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, not {list(tensor.shape)}")
     if tensor.device.type == "cpu":
@@ -80,6 +85,14 @@ def _integers(value: Indices, name: str, shape: tuple[int, ...]) -> tuple:
     return values
 
 
+def _tensor(value: Indices, name: str) -> torch.Tensor:
+    """`value` itself if it is a tensor. Raises ValueError."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise ValueError(f"{name} must be a tensor or (nested) lists of integers: {e}") from e
+
+
 def _tuples(nested: list, depth: int) -> tuple:
     """Lists in lists, `depth` levels, as tuples."""
     if depth == 1:
@@ -94,14 +107,18 @@ def check_tensors(
 ) -> None:
     """Raises ValueError naming the tensor whose shape, dtype or device does not fit."""
     for name, t in (("q", q), ("prefix_k", pk), ("prefix_v", pv), ("suffix_k", sk), ("suffix_v", sv)):
+        if not torch.is_tensor(t):
+            raise ValueError(f"{name} must be a tensor, not {type(t).__name__}")
         if t.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, not {t.dim()}")
-        if t.dtype != q.dtype or not t.is_floating_point():
+        if t.dtype != q.dtype or t.dtype not in DTYPES:
             raise ValueError(f"{name} must be of q's floating dtype {q.dtype}, not {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name} must be on {q.device}, not {t.device}")
     rows, heads, tokens, width = q.shape
     kv_heads = pk.shape[1]
+    if not heads or not width:
+        raise ValueError(f"q must have heads of some width, not {heads} of {width}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q has {heads} heads, which prefix_k's {kv_heads} do not divide")
     wanted = {
@@ -113,6 +130,13 @@ def check_tensors(
     for name, (t, shape) in wanted.items():
         if tuple(t.shape) != tuple(shape):
             raise ValueError(f"{name} must have shape {list(shape)}, not {list(t.shape)}")
+
+
+def check_scale(scale: float) -> float:
+    """`scale` as a float. Raises ValueError unless it is a finite number."""
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, not {scale!r}")
+    return float(scale)
 
 
 @lru_cache(maxsize=256)

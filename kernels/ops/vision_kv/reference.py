@@ -39,7 +39,7 @@ def attention(
             values.append(suffix_v[row, :, : i + 1])
             k = torch.cat(keys, dim=1).repeat_interleave(groups, dim=0)  # [Hq, keys, D]
             v = torch.cat(values, dim=1).repeat_interleave(groups, dim=0)
-            scores = torch.einsum("hd,hkd->hk", q[row, :, i], k).to(lse.dtype) * scale
+            scores = torch.einsum("hd,hkd->hk", q[row, :, i].to(lse.dtype), k.to(lse.dtype)) * scale
             lse[row, :, i] = scores.logsumexp(-1)
             out[row, :, i] = torch.einsum("hk,hkd->hd", scores.softmax(-1).to(v.dtype), v)
     return out, lse

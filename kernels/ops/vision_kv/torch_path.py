@@ -179,6 +179,12 @@ def merge(
     return mixed.to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
+def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
+    """`t` with a last stride of 1, copied only if it has another: fused kernels take any strides but that
+    one, and PyTorch's do not check it (they would read other memory)."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -194,6 +200,8 @@ def attend(
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     plain = needs_grad or not q.numel()  # the CPU's kernel divides by the number of queries
+    if not plain:
+        q, k, v = map(rows_contiguous, (q, k, v))
     if q.device.type == "cpu" and not plain:
         if bias is not None:
             bias = bias.expand(q.shape[0], 1, q.shape[2], k.shape[2])
@@ -209,7 +217,7 @@ def attend(
     ):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
     if bias is not None:
         scores = scores + bias
     if causal:

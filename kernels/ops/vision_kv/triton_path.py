@@ -29,6 +29,7 @@ from vfl_train.kernels.vision_kv.plan import (
     prefix_readers,
     suffix_readers,
 )
+from vfl_train.kernels.vision_kv.torch_path import rows_contiguous
 
 LOG2E = 1.4426950408889634
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +48,9 @@ class Plan(NamedTuple):
     ready: torch.cuda.Event | None
 
 
-_kept: dict[int, Plan] = {}  # in a captured graph: their memory must outlive every replay
+# Plans used while a CUDA graph was captured, by their memory. A replay reads that memory whatever the cache
+# of plans has dropped, and nobody says when a graph is gone: they stay until the process ends.
+_kept: dict[int, Plan] = {}
 
 
 @cache
@@ -75,6 +78,8 @@ def refusal(q: torch.Tensor) -> str | None:
         )
     if q.device.type not in ("cpu", "cuda"):
         return f"backend 'triton' runs on CUDA, not on q's device {q.device}"
+    if q.device.type == "cuda" and not compiled():
+        return "backend 'triton' compiles for CUDA: triton was imported under TRITON_INTERPRET=1, unset it"
     if q.dtype not in DTYPES:
         return f"q must be float32, float16 or bfloat16 for backend 'triton', not {q.dtype}"
     if q.shape[-1] > WIDEST:
@@ -85,6 +90,11 @@ def refusal(q: torch.Tensor) -> str | None:
 def interpreted() -> bool:
     """Whether the kernels run in triton's interpreter."""
     return importable() and _kernels().INTERPRETED
+
+
+def compiled() -> bool:
+    """Whether triton compiles the kernels (neither this nor `interpreted`: it was imported half and half)."""
+    return importable() and _kernels().COMPILED
 
 
 def attention(
@@ -132,7 +142,8 @@ def _plan_for(tensors: Sequence[torch.Tensor], rows: Rows, gradients: bool) -> P
     return plan
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a plan serves training later, which saves its tables for backward
 def _plan(
     rows: Rows,
     groups: int,
@@ -203,7 +214,7 @@ def processors(device: torch.device) -> int:
 )
 def operator(q, prefix_k, prefix_v, suffix_k, suffix_v, tables, config, scale):
     """`attention` with its plan: `tables` and `config` as in `Plan`."""
-    tensors = [_rows_contiguous(t) for t in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    tensors = [rows_contiguous(t) for t in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
     q, kv_heads = tensors[0], prefix_k.shape[1]
     _, heads, tokens, width = q.shape
     out = torch.empty_like(q)
@@ -234,7 +245,7 @@ def operator(q, prefix_k, prefix_v, suffix_k, suffix_v, tables, config, scale):
 
 @operator.register_fake
 def _(q, prefix_k, prefix_v, suffix_k, suffix_v, tables, config, scale):
-    return torch.empty_like(_rows_contiguous(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(rows_contiguous(q)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -246,8 +257,8 @@ def _(q, prefix_k, prefix_v, suffix_k, suffix_v, tables, config, scale):
 )
 def backward_operator(dout, delta, q, prefix_k, prefix_v, suffix_k, suffix_v, lse, tables, scale, prefix):
     """Gradients of q and the four others; without `prefix`, those of the prefixes are empty."""
-    dout = _rows_contiguous(dout)
-    tensors = [_rows_contiguous(t) for t in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    dout = rows_contiguous(dout)
+    tensors = [rows_contiguous(t) for t in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
     dq, dpk, dpv, dsk, dsv = _empty_gradients(tensors, prefix)
     q = tensors[0]
     heads, tokens, width = q.shape[1:]
@@ -279,7 +290,7 @@ def backward_operator(dout, delta, q, prefix_k, prefix_v, suffix_k, suffix_v, ls
 
 @backward_operator.register_fake
 def _(dout, delta, q, prefix_k, prefix_v, suffix_k, suffix_v, lse, tables, scale, prefix):
-    tensors = [_rows_contiguous(t) for t in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
+    tensors = [rows_contiguous(t) for t in (q, prefix_k, prefix_v, suffix_k, suffix_v)]
     return _empty_gradients(tensors, prefix)
 
 
@@ -309,13 +320,8 @@ def _backward(ctx, dout, dlse):
 operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _rows_contiguous(t: torch.Tensor) -> torch.Tensor:
-    """The kernels take any strides but the last."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
-
-
 def _upcast(q: torch.Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and not q.is_cuda
+    return q.dtype == torch.bfloat16 and interpreted()
 
 
 def _compiled(warps: int, stages: int) -> dict[str, int | bool]:
