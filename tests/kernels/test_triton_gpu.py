@@ -55,8 +55,12 @@ def test_every_configuration(dtype, width, heads, kv_heads, tokens):
         out, lse = vision_kv_attention(**{**arguments, **leaves}, backend=backend, return_lse=True)
         loss = out.double().square().sum() + lse.double().sum()
         results[name] = [out, lse, *torch.autograd.grad(loss, list(leaves.values()))]
-    for ours, plain, exact in zip(results["triton"], results["torch"], results["exact"], strict=True):
-        assert relative(ours, exact) <= 2 * relative(plain, exact)
+    for number, (ours, plain, exact) in enumerate(
+        zip(results["triton"], results["torch"], results["exact"], strict=True)
+    ):
+        # The plain log-sum-exp is float32 throughout; tensor cores add with a few bits less.
+        floor = 1e-6 if number == 1 and dtype != torch.float32 else 0.0
+        assert relative(ours, exact) <= 2 * relative(plain, exact) + floor
 
 
 def test_the_default_on_cuda():

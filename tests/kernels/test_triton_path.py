@@ -106,7 +106,9 @@ def test_one_token_and_a_long_prefix_are_split(monkeypatch, dtype):
     plain, plain_lse = errors(without_nan(case), "reference")
     splits, chunks = seen[0].config[-1], seen[0].tables[2]
     assert splits >= 4 and (DEVICE == "cuda" or int(chunks[:, 2].min()) < splits)
-    assert rms([ours]) <= 2 * rms([plain]) and rms([ours_lse]) <= 2 * rms([plain_lse])
+    # The plain log-sum-exp is float32 throughout; a GPU's tensor cores add with a few bits less.
+    floor = 1e-6 if DEVICE == "cuda" and dtype != torch.float32 else 0.0
+    assert rms([ours]) <= 2 * rms([plain]) and rms([ours_lse]) <= 2 * rms([plain_lse]) + floor
 
 
 def test_everything_dropped_is_the_suffix_alone():

@@ -90,8 +90,9 @@ def drop_images_from(
             latter, logits at image tokens and padding say nothing.
         layer: 0-based decoder layer, from `layer_of`; the number of layers drops nothing.
         image_tokens: bool [B, tokens of the prompt], true on what is dropped. None: the placeholders in
-            `input_ids`. To be given with `inputs_embeds`, and where the tokens between the pieces of one
-            image (row and column marks of Idefics3 and others) shall go with it, as they do in a profile.
+            `input_ids`, one that the model itself says included. To be given with `inputs_embeds`, and where
+            the tokens between the pieces of one image (row and column marks of Idefics3 and others) shall go
+            with it, as they do in a profile.
             A batch of several times B rows (beams, num_return_sequences) has each row so many times.
 
     Raises ConfigError for a layer that the model does not have and for what is not covered (see above).
