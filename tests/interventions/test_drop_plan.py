@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from PIL import Image
+from pictures import picture
 from precision import as_dtype, with_float64_decoder
 from processors import llava_processor
 from tiny_models import FAMILIES, LAYERS, UNREGISTERED, VARIANTS, _louder, tiny_vlm
@@ -31,12 +31,6 @@ QUESTION = "what text is written here ?"
 ALL = [*FAMILIES, *VARIANTS]
 ANSWERS = ((7, 11, 5), (9, 30, 8, 14), (12,), (6, 6))
 CAP = 6
-
-
-def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 def prompts_of(vlm: VisionLanguageModel) -> list:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
+from pictures import picture
 from tiny_models import LAYERS, tiny_vlm
 
 from vfl_train.errors import ConfigError, NumericError
@@ -17,12 +17,6 @@ from vfl_train.models.generation import generate
 
 QUESTION = "what text is written here ?"
 ANSWER = (7, 11, 5)
-
-
-def picture(seed: int, size: int = 32) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture(params=["qwen2_5_vl", "llava"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
+from pictures import picture
 from precision import as_dtype, with_float64_decoder
 from tiny_models import FAMILIES, LAYERS, VARIANTS, tiny_vlm
 
@@ -19,12 +19,6 @@ from vfl_train.models import VisionLanguageModel
 
 QUESTION = "what text is written here ?"
 ALL = [*FAMILIES, *VARIANTS]
-
-
-def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 def branches() -> list:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from PIL import Image
+from pictures import picture
 from tiny_models import LAYERS, tiny_vlm
 
 from vfl_train.interventions import BASE, Row, drop, read_out, swap
@@ -13,11 +12,6 @@ from vfl_train.interventions.readout import Cost
 from vfl_train.models.generation import generate
 
 CAP = 6
-
-
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
 def one_token_a_pass(vlm, row: Row, cap: int = CAP) -> tuple[int, ...]:
@@ -38,7 +32,7 @@ def vlm(request):
 def said(vlm) -> list[tuple[Row, tuple[int, ...]]]:
     """Two prompts under the base and under drops and swaps at several layers, each drafted by the base's
     output, with what decoding token by token says. Without those that say an image placeholder."""
-    prompts = [vlm.prompt("what text is written here ?", [picture(seed)]) for seed in (0, 1)]
+    prompts = [vlm.prompt("what text is written here ?", [picture(seed, 64)]) for seed in (0, 1)]
     found = []
     for host, donor in (prompts, prompts[::-1]):
         (own,) = generate(vlm, [host], CAP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
+from pictures import picture
 from tiny_models import FAMILIES, LAYERS, VARIANTS, tiny_vlm
 from transformers import DynamicCache
 
@@ -14,12 +14,6 @@ from vfl_train.interventions.reference import _PLAN, Plan, _installed
 
 ANSWER = (7, 11, 5)
 QUESTION = "what text is written here ?"
-
-
-def picture(seed: int, size: int = 32) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 @pytest.fixture(params=[*FAMILIES, *VARIANTS])

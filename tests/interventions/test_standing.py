@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
+from pictures import picture
 from tiny_models import FAMILIES, LAYERS, VARIANTS, tiny_vlm
 from transformers import DynamicCache, GenerationConfig
 
@@ -30,18 +30,13 @@ BRANCHES = {
 }
 
 
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy())
-
-
 @pytest.fixture(params=[*FAMILIES, *VARIANTS])
 def vlm(request):
     return tiny_vlm(request.param)
 
 
 def prompts_of(vlm) -> list:
-    return [vlm.prompt(QUESTION, [picture(seed)]) for seed in (0, 1)]
+    return [vlm.prompt(QUESTION, [picture(seed, 64)]) for seed in (0, 1)]
 
 
 @pytest.mark.parametrize("name", BRANCHES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
+from pictures import picture
 from tiny_models import FAMILIES, LAYERS, VARIANTS, tiny_vlm
 
 from vfl_train.errors import ConfigError
@@ -15,12 +15,6 @@ from vfl_train.interventions.readout import Cost
 QUESTION = "what text is written here ?"
 ANSWER = (7, 11, 5)
 ALL = [*FAMILIES, *VARIANTS]
-
-
-def picture(seed: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
 
 
 def branches() -> list:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from kernel_cases import DEVICE
-from PIL import Image
+from pictures import picture
 from tiny_models import LAYERS, tiny_vlm
 
 from vfl_train.interventions import Row, drop, engine, read_out, swap
@@ -18,11 +18,6 @@ from vfl_train.models import VisionLanguageModel
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and not triton_path.interpreted(), reason="no GPU, and TRITON_INTERPRET is not 1"
 )
-
-
-def picture(seed: int) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(torch.randint(0, 256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
 @pytest.mark.parametrize("phase", ["text", "decode"])

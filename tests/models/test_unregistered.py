@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from PIL import Image
+from pictures import picture
 from tiny_models import TEXT, tiny_vlm
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
@@ -15,12 +14,6 @@ from vfl_train.models.families import FAMILIES
 from vfl_train.models.generation import generate
 
 
-def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
 @pytest.fixture
 def vlm():
     found = tiny_vlm("idefics3")
@@ -29,7 +22,7 @@ def vlm():
 
 
 def test_an_image_in_tiles_is_one_span(vlm):
-    prompt = vlm.prompt("three cats ?", [picture(0), picture(1, (64, 32))])
+    prompt = vlm.prompt("three cats ?", [picture(0, 64), picture(1, (64, 32))])
     ids = prompt.inputs["input_ids"][0]
     placeholders = [int((ids[a:b] == vlm.image_token_id).sum()) for a, b in prompt.spans]
     assert placeholders == [5 * 4, 3 * 4]  # four or two tiles and a thumbnail, of 4 tokens each
@@ -43,7 +36,7 @@ def test_layouts_of_equal_length_are_told_apart(vlm):
 
 
 def test_both_paths_and_generation_work(vlm):
-    host, donor = (vlm.prompt("three cats ?", [picture(i)]) for i in range(2))
+    host, donor = (vlm.prompt("three cats ?", [picture(i, 64)]) for i in range(2))
     several = vlm.prompt("three cats ?", [picture(2, (64, 32)), picture(3, (32, 32))])
     (own,) = generate(vlm, [donor], 4)
     rows = [
@@ -76,7 +69,7 @@ def test_images_read_by_cross_attention_are_refused():
         image_token_index=llava.image_token_id,
     )  # fmt: skip
     vlm = VisionLanguageModel(MllamaForConditionalGeneration(config), llava.processor, "mllama")
-    row = Row(llava.prompt("three cats ?", [picture(0)]), (5,), drop([0, 1]))
+    row = Row(llava.prompt("three cats ?", [picture(0, 64)]), (5,), drop([0, 1]))
     for path in ("reference", "engine"):
         with pytest.raises(ConfigError, match=r"layer 1 of this mllama .* no self-attention over the image"):
             list(read_out(vlm, [row], path))

@@ -6,6 +6,7 @@ import huggingface_hub.constants
 import pytest
 import templates
 import torch
+from pictures import picture
 from PIL import Image
 from processors import gemma3_processor
 from tiny_models import FAMILIES, LAYERS, gemma3, tiny_vlm
@@ -15,13 +16,6 @@ from vfl_train.models import VisionLanguageModel, load_processor, resolve_name
 from vfl_train.models.generation import generate
 
 QUESTION = "what text is written here ?"
-
-
-def picture(seed: int, size: int = 64) -> Image.Image:
-    generator = torch.Generator().manual_seed(seed)
-    return Image.fromarray(
-        torch.randint(0, 256, (size, size, 3), generator=generator, dtype=torch.uint8).numpy()
-    )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -88,7 +82,7 @@ def test_linear_names_never_name_the_vision_tower(vlm):
 def test_spans_hold_exactly_the_image_tokens(vlm):
     tokens = 20 if vlm.model_type == "internvl" else 16  # 64 x 64 pixels: four tiles and a thumbnail
     for count in range(3):
-        prompt = vlm.prompt(QUESTION, [picture(i) for i in range(count)])
+        prompt = vlm.prompt(QUESTION, [picture(i, 64) for i in range(count)])
         ids = prompt.inputs["input_ids"][0].tolist()
         inside = [i for start, stop in prompt.spans for i in range(start, stop)]
         assert inside == [i for i, token in enumerate(ids) if token == vlm.image_token_id]
@@ -97,7 +91,7 @@ def test_spans_hold_exactly_the_image_tokens(vlm):
 
 
 def test_images_that_cannot_be_told_apart_are_refused(vlm):
-    inputs = dict(vlm.prompt(QUESTION, [picture(0)]).inputs)
+    inputs = dict(vlm.prompt(QUESTION, [picture(0, 64)]).inputs)
     with pytest.raises(ConfigError, match="2 images but 1 runs"):
         vlm.located(inputs, 2)
 
@@ -125,7 +119,7 @@ def test_an_image_in_pieces_is_one_span():
     processor = gemma3_processor(**options)
     processor.images_kwargs = {**processor.images_kwargs, **options}  # as a checkpoint's configuration does
     vlm = VisionLanguageModel(model, processor, "tiny-gemma3")
-    prompt = vlm.prompt(QUESTION, [Image.new("RGB", (64, 32)), picture(0)])
+    prompt = vlm.prompt(QUESTION, [Image.new("RGB", (64, 32)), picture(0, 64)])
     (start, stop), second = prompt.spans
     ids = prompt.inputs["input_ids"][0]
     assert int((ids[start:stop] == vlm.image_token_id).sum()) == 3 * 16 < stop - start
@@ -140,7 +134,7 @@ def test_images_side_by_side_are_told_apart(qwen):
         "<|vision_end|>", ""
     )
     try:
-        prompt = qwen.prompt(QUESTION, [picture(0), picture(1, 32)])
+        prompt = qwen.prompt(QUESTION, [picture(0, 64), picture(1, 32)])
     finally:
         qwen.processor.chat_template = templates.QWEN
     (first, middle), (again, last) = prompt.spans
@@ -151,7 +145,7 @@ def test_images_side_by_side_are_told_apart(qwen):
 
 
 def test_batched_generation_equals_one_by_one(vlm):
-    prompts = [vlm.prompt(QUESTION + " three" * (i % 2), [picture(i)]) for i in range(5)]
+    prompts = [vlm.prompt(QUESTION + " three" * (i % 2), [picture(i, 64)]) for i in range(5)]
     batched = generate(vlm, prompts, 6)
     assert [len(g.tokens) for g in batched]
     for options in ({"batch_size": 1}, {"batch_size": 2}, {"batch_tokens": 1}):
@@ -175,7 +169,7 @@ def greedy(vlm, prompt, length: int) -> tuple[int, ...]:
 
 def test_generation_is_the_argmax_of_raw_logits(vlm):
     """Whatever generation_config says of sampling, penalties and suppressed tokens; it is put back."""
-    prompt = vlm.prompt(QUESTION, [picture(0)])
+    prompt = vlm.prompt(QUESTION, [picture(0, 64)])
     expected, own = greedy(vlm, prompt, 6), vlm.base.generation_config
     changed = {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1, "suppress_tokens": [expected[0]]}
     saved = {key: getattr(own, key) for key in changed}
@@ -191,7 +185,7 @@ def test_generation_is_the_argmax_of_raw_logits(vlm):
 
 
 def test_generation_ends_at_the_end_token(vlm):
-    prompt = vlm.prompt(QUESTION, [picture(0)])
+    prompt = vlm.prompt(QUESTION, [picture(0, 64)])
     expected = greedy(vlm, prompt, 6)
     saved = vlm.eos_token_ids
     vlm.eos_token_ids = (len(vlm.processor.tokenizer) - 1, expected[2])
@@ -234,7 +228,9 @@ def test_max_pixels_caps_what_the_model_reads(folder_of):
     folder = str(folder_of("qwen2_5_vl"))
     for pixels, tokens in ((None, 16), (32 * 32, 4), (16 * 16, 1)):
         processor = load_processor(folder, max_pixels=pixels)
-        grid = processor(text=["<|image_pad|>"], images=[picture(0)], return_tensors="pt")["image_grid_thw"]
+        grid = processor(text=["<|image_pad|>"], images=[picture(0, 64)], return_tensors="pt")[
+            "image_grid_thw"
+        ]
         assert int(grid.prod()) // 4 == tokens
 
 
@@ -262,7 +258,7 @@ def test_wrong_options_are_config_errors(folder_of, options, word):
 def test_dtype(folder_of):
     vlm = VisionLanguageModel.load(str(folder_of("llava")), dtype="bfloat16", device="cpu")
     assert vlm.dtype == "bfloat16"
-    assert generate(vlm, [vlm.prompt(QUESTION, [picture(0)])], 2)
+    assert generate(vlm, [vlm.prompt(QUESTION, [picture(0, 64)])], 2)
 
 
 def test_a_folder_that_is_no_model(tmp_path, folder_of):

@@ -20,6 +20,7 @@ from vfl_train.interventions import Prompt, Row, drop
 from vfl_train.interventions.generation import generate_under
 from vfl_train.interventions.readout import Cost
 from vfl_train.models.generation import Generated
+from vfl_train.profiling.cost import reference_line
 from vfl_train.schemas import FunctionScore, wilson
 
 if TYPE_CHECKING:
@@ -109,7 +110,6 @@ def show_drops(scores: dict[str, FunctionScore], record: dict[str, Any], num_lay
         table.add_row(name, str(cells[0]["n"]), f"{untouched:.1%}", *changes)
     table.title = f"image dropped from a layer to the last ({num_layers - 1})"
     table.caption = f"accuracy (points against untouched); path {record['path']}"
-    if record["reference_rows"]:
-        why = "; ".join(f"{count} {reason}" for reason, count in record["reasons"].items())
-        table.caption += f", {record['reference_rows']} of {record['rows']} rows by the reference path: {why}"
+    if line := reference_line(record):
+        table.caption += f"; {line}"
     Console().print(table)

@@ -23,6 +23,7 @@ from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.models.generation import Generated, generate
 from vfl_train.options import format_layers, parse_weights
+from vfl_train.profiling.cost import reference_line
 from vfl_train.progress import track
 from vfl_train.runs import RunFolder, file_sha256, fingerprint
 from vfl_train.schemas import FunctionScore, read_json, wilson
@@ -81,6 +82,8 @@ def evaluate(config: EvalConfig) -> dict[str, FunctionScore]:
     if "drop_from" in card:
         show_drops(scores, card["drop_from"], vlm.num_layers)
     show_touched(scores)
+    if "touched_layers" in card and (line := reference_line(card["touched_layers"])):
+        print(line)
     check_gate(scores, allowed)
     return scores
 

@@ -23,7 +23,8 @@ _PROCESSOR = (
     "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_COMMON = (*_PROCESSOR, "README.md", "logits_reference.json", "LICENSE", "NOTICE")
+LICENCES = ("LICENSE", "NOTICE")  # go where the weights go
+_COMMON = (*_PROCESSOR, "README.md", "logits_reference.json", *LICENCES)
 _ADAPTER = (
     *_COMMON, WEIGHTS, CONFIG, "profile.json", "plan.json", "selection.json", "train_config.yaml",
 )  # fmt: skip

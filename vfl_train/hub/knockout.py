@@ -17,7 +17,7 @@ from torch import nn
 
 from vfl_train.errors import ConfigError, VerificationError
 from vfl_train.hub.card import knockout_card
-from vfl_train.hub.export import check_secrets
+from vfl_train.hub.export import LICENCES, check_secrets
 from vfl_train.hub.load import CONFIG
 from vfl_train.hub.manifest import verify_manifest
 from vfl_train.hub.merge import save_model
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from vfl_train.config import ExportConfig
 
 KNOCKOUT_RECORD = "knocked_out.json"  # what was done, beside the model
-LICENCES = ("LICENSE", "NOTICE")  # go where the weights go
 OUTPUTS = ("o_proj", "down_proj")  # the projections out of attention and MLP
 log = logging.getLogger(__name__)
 

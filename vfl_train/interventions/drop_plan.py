@@ -45,6 +45,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vfl_train.errors import ConfigError
+from vfl_train.interventions.hooks import attention_named, in_place_of
 from vfl_train.interventions.reference import check_attention
 from vfl_train.interventions.text_cache import text_only
 from vfl_train.interventions.tokens import TOKEN_AXIS
@@ -111,27 +112,12 @@ def drop_images_from(
         raise ConfigError("this model is already under a drop plan", "leave the other one first")
     plan = _Plan(base, layer, image_tokens)
     with ExitStack() as undo:
-        undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-        config._attn_implementation = NAME
-        undo.enter_context(_in_place_of(base, plan.around(base.forward)))
+        undo.enter_context(attention_named(config, NAME))
+        undo.enter_context(in_place_of(base, plan.around(base.forward)))
         for index in range(layer, len(layers)):
             stand_in = partial(plan.layer, index, layers[index].forward)
-            undo.enter_context(_in_place_of(layers[index], stand_in))
+            undo.enter_context(in_place_of(layers[index], stand_in))
         yield
-
-
-@contextmanager
-def _in_place_of(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """`forward` in place of the module's, which may be its class's or one that somebody put on it."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 # --- attention ---------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from vfl_train.interventions.hooks import attention_named
+from vfl_train.interventions.hooks import attention_named, in_place_of
 from vfl_train.interventions.layout import Layout, Place, Trunk, batches, why_not
 from vfl_train.interventions.readout import Cost, ReadOut, Row
 from vfl_train.interventions.reference import (
@@ -111,19 +111,10 @@ def _installed(vlm: VisionLanguageModel, sweep: _Sweep) -> Iterator[None]:
     """`sweep` in charge of the decoder layers inside; the model is untouched again afterwards."""
     with ExitStack() as undo:
         undo.callback(_SWEEP.reset, _SWEEP.set(sweep))
-        undo.enter_context(attention_named(vlm, NAME))
+        undo.enter_context(attention_named(vlm.text_config, NAME))
         for index, layer in enumerate(vlm.layers):
-            undo.callback(_restore, layer, layer.__dict__.get("forward"))
-            layer.forward = partial(sweep.layer, index, layer.forward)
+            undo.enter_context(in_place_of(layer, partial(sweep.layer, index, layer.forward)))
         yield
-
-
-def _restore(layer: torch.nn.Module, own: Callable | None) -> None:
-    """Give a layer its class's `forward` back, or the one that somebody had put on it before us."""
-    if own is None:
-        del layer.forward
-    else:
-        layer.forward = own
 
 
 def _engine_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from vfl_train.models import VisionLanguageModel
 
 Rows = Sequence[int] | slice  # of the batch
@@ -16,16 +18,30 @@ Again = Callable[[int, torch.Tensor, dict[str, Any]], Any]  # (layer, hidden, it
 
 
 @contextmanager
-def attention_named(vlm: VisionLanguageModel, name: str) -> Iterator[None]:
-    """The decoder's attention is the registered function `name` inside. Not by the public setter: where the
-    text configuration is the whole one, that would set vision and audio too, and forget what they had."""
-    config = vlm.text_config
+def attention_named(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """The attention of the decoder with this text configuration is the registered function `name` inside.
+    Not by the public setter: where the text configuration is the whole one, that would set vision and audio
+    too, and forget what they had."""
     before = config._attn_implementation_internal
     config._attn_implementation_internal = name
     try:
         yield
     finally:
         config._attn_implementation_internal = before
+
+
+@contextmanager
+def in_place_of(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
+    """`forward` in place of the module's, which may be its class's or one that somebody put on it."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def silenced_modules(vlm: VisionLanguageModel, module: str) -> list[str]:

@@ -124,7 +124,7 @@ def _installed(vlm: VisionLanguageModel, plan: Plan) -> Iterator[None]:
     """`plan` in force for the forwards inside; the model is untouched again afterwards."""
     with ExitStack() as stack:
         stack.callback(_PLAN.reset, _PLAN.set(plan))
-        stack.enter_context(attention_named(vlm, NAME))
+        stack.enter_context(attention_named(vlm.text_config, NAME))
         for (layer, name), rows in plan.silenced.items():
             module = getattr(vlm.layers[layer], name)
             stack.callback(module.register_forward_hook(silence(rows)).remove)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vfl_train.interventions.hooks import hidden_of, silence, silenced_modules
+from vfl_train.interventions.hooks import hidden_of, in_place_of, silence, silenced_modules
 from vfl_train.interventions.intervention import WHOLE_SEQUENCE, Branch
 from vfl_train.interventions.readout import Cost, Prompt, ReadOut, Row
 from vfl_train.interventions.reference import read_logits
@@ -193,10 +193,8 @@ class _Tail:
         """In charge of the decoder layers inside; the model is untouched again afterwards."""
         with ExitStack() as undo:
             for index, layer in enumerate(self.vlm.layers):
-                own = layer.__dict__.get("forward")
-                undo.callback(_restore, layer, own)
                 self.forwards.append(layer.forward)
-                layer.forward = partial(self.layer, index)
+                undo.enter_context(in_place_of(layer, partial(self.layer, index)))
             for module in ("attention", "mlp", "both"):
                 for index, slots in self.plan.slots("knockout", module=module).items():
                     for name in silenced_modules(self.vlm, module):
@@ -298,11 +296,3 @@ class _Tail:
         out = map_token_tensors(kwargs, lambda t, axis: cut(t, t.dim() + axis - 1))
         mask = out.get("attention_mask")
         return out if mask is None else {**out, "attention_mask": cut(mask, 0)}
-
-
-def _restore(layer: torch.nn.Module, own: Callable | None) -> None:
-    """Give a layer its class's `forward` back, or the one that somebody had put on it before us."""
-    if own is None:
-        del layer.forward
-    else:
-        layer.forward = own

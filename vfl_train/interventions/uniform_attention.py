@@ -52,7 +52,7 @@ def uniform_attention(vlm: VisionLanguageModel, rows_at: RowsAt) -> Iterator[Non
     """Uniform attention for the forwards inside; the model is untouched again afterwards."""
     token = _ROWS_AT.set(rows_at)
     try:
-        with attention_named(vlm, NAME):
+        with attention_named(vlm.text_config, NAME):
             yield
     finally:
         _ROWS_AT.reset(token)

@@ -18,10 +18,11 @@ import torch
 from vfl_train.data.rows import assistant_message
 from vfl_train.errors import DataError, NumericError
 from vfl_train.evaluation.questions import Question
-from vfl_train.functions.matching import matches, normalise
+from vfl_train.functions.matching import matches
 from vfl_train.interventions import BASE, Branch, Prompt, ReadOut, Row, read_out
 from vfl_train.interventions.generation import generate_under
 from vfl_train.interventions.readout import Cost
+from vfl_train.profiling.outcomes import settled
 from vfl_train.progress import track
 
 if TYPE_CHECKING:
@@ -109,10 +110,7 @@ class Meter:
         text = self.vlm.decode(begun)
         if begun[-1] in self.vlm.eos_token_ids:
             return matches(text, question.answer, question.match)
-        whole_characters = "\ufffd" not in text
-        if question.match == "exact" and whole_characters:
-            return None if normalise(question.answer).startswith(normalise(text)) else False
-        return None
+        return settled(text, question.answer, question.match)
 
 
 def _left_at(answer: Sequence[int], found: ReadOut) -> tuple[int, ...]:
