@@ -92,6 +92,9 @@ class ModelOptions(Config):
     load_in_4bit: bool = option(
         False, group="model", help="Load the weights in 4 bits; needs the extra `quant`."
     )
+    load_in_8bit: bool = option(
+        False, group="model", help="Load the weights in 8 bits; needs the extra `quant`."
+    )
     max_pixels: int | None = option(
         None, group="model", help="Largest image the processor passes on, in pixels; larger ones are scaled."
     )
@@ -100,6 +103,8 @@ class ModelOptions(Config):
 
     def check(self) -> None:
         at_least(self, max_pixels=1, limit=1, seed=0)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("--load-in-4bit and --load-in-8bit exclude each other", "give one of them")
         check_device(self.device)
         if not self.model.strip():
             raise ConfigError("--model is empty", "give a folder, a Hub id or phantom")

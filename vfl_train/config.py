@@ -42,6 +42,9 @@ CONTROLS = ("all", "random", "reversed")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TARGETS = ("peft", "vllm", "sglang", "gguf")
 EMITS = ("peft", "llamafactory", "swift", "axolotl")
+OVERLONG = ("drop", "shrink-image", "error")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+PARTS = ("connector", "vision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +160,42 @@ class LoraConfig(ModelOptions):
     control: str | None = option(
         None, choices=CONTROLS, help="Train a control instead: all layers, random ones, or the mirrored ones."
     )
-    per_function: bool = option(False, help="One adapter a function, each on its own layers.")
+    also_adapt: tuple[str, ...] = option(
+        (),
+        metavar="PART,..",
+        help="Put LoRA on the linear layers of these parts too: connector, vision. [neither]",
+    )
+    per_function: bool = option(False, help="One adapter a function, each on its own layers and rows.")
+    scores: Path | None = option(
+        None,
+        metavar="DIR",
+        help="Output of select: which function each row trains. [the data's folder, if it is one]",
+    )
+    max_length: int | None = option(None, help="Longest row in tokens. [no limit]")
+    overlong: str = option(
+        "drop",
+        choices=OVERLONG,
+        help="Rows above --max-length: quarantine them, shrink their images until they fit, or stop.",
+    )
+    eval_data: str | None = option(
+        None, metavar="D", help="Rows to measure the loss on while training. [a share of --data]"
+    )
+    eval_share: float = option(0.0, help="Share of --data held out for that.")
     cache_prefix: bool = option(False, help="Compute the layers below the lowest trained one only once.")
+    cache_dir: Path | None = option(
+        None,
+        metavar="DIR",
+        help="Where --cache-prefix keeps its files, for later runs too. [beside --output]",
+    )
     deepspeed: str | None = option(
         None, metavar="zero2|zero3|FILE", help="DeepSpeed setting; needs the extra `deepspeed`."
     )
-    num_processes: int = option(1, help="Processes to train with.")
+    num_processes: int | None = option(
+        None, help="Processes of this machine to train with. [one a GPU; 1 on the CPU]"
+    )
+    allow_config_change: tuple[str, ...] = option(
+        (), metavar="KEY,..", help="Settings that may differ from those of the run that is resumed."
+    )
     dry_run: bool = dry_run_option()
     overwrite: bool = overwrite_option()
 
@@ -185,6 +218,22 @@ class LoraConfig(ModelOptions):
     max_grad_norm: float = option(1.0, group="training", help="Gradients are clipped to this norm.")
     logging_steps: int = option(10, group="training", help="Log every so many steps.")
     save_steps: int = option(0, group="training", help="Checkpoint every so many steps; 0: only the end.")
+    save_total_limit: int = option(2, group="training", help="Checkpoints to keep, at least 2.")
+    eval_steps: int = option(0, group="training", help="Validation loss every so many steps; 0: each epoch.")
+    load_best_model_at_end: bool = option(
+        False, group="training", help="Keep the adapter of the lowest validation loss, not the last one."
+    )
+    early_stopping_patience: int = option(
+        0, group="training", help="Stop after so many validations without a lower loss; 0: never."
+    )
+    activation_checkpointing: bool = option(
+        False,
+        group="training",
+        help="Compute activations of the adapted layers again in backward: less memory, more time.",
+    )
+    attn_implementation: str = option(
+        "sdpa", choices=ATTENTIONS, group="training", help="Attention of the model while training."
+    )
     report_to: str = option("none", group="training", help="none, tensorboard, wandb, ...")
     bf16: bool | None = option(None, group="training", help="bfloat16 training. [where the device has it]")
     dataloader_num_workers: int = option(0, group="training", help="Processes that load rows.")
@@ -212,9 +261,20 @@ class LoraConfig(ModelOptions):
 
     def _check_training(self) -> None:
         at_least(self, lora_r=1, lora_alpha=1, lora_dropout=0, learning_rate=0, num_processes=1)
+        at_least(
+            self, save_total_limit=2, eval_steps=0, early_stopping_patience=0, max_length=1, eval_share=0
+        )
         at_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, logging_steps=1)
         at_least(self, max_steps=-1, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=0)
         at_least(self, dataloader_num_workers=0)
+        if self.eval_share >= 1:
+            raise ConfigError(f"--eval-share must be below 1, not {self.eval_share}")
+        validates = self.eval_data is not None or self.eval_share > 0
+        if (self.load_best_model_at_end or self.early_stopping_patience) and not validates:
+            raise ConfigError("there are no validation rows", "give --eval-data or --eval-share")
+        strangers = [part for part in self.also_adapt if part not in PARTS]
+        if strangers:
+            raise ConfigError(f"--also-adapt {strangers[0]!r} is unknown", f"use {' or '.join(PARTS)}")
         if self.lora_dropout >= 1:
             raise ConfigError(f"--lora-dropout must be below 1, not {self.lora_dropout}")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:

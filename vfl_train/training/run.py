@@ -64,8 +64,13 @@ def _refuse_unbuilt(config: LoraConfig) -> None:
     """Raises ConfigError for what is designed and not there yet."""
     asked = {
         "--deepspeed": config.deepspeed is not None,
-        "--num-processes above 1": config.num_processes > 1,
+        "--num-processes above 1": (config.num_processes or 1) > 1,
         "--per-function": config.per_function,
+        "--also-adapt": bool(config.also_adapt),
+        "--max-length": config.max_length is not None,
+        "--eval-data and --eval-share": config.eval_data is not None or config.eval_share > 0,
+        "--activation-checkpointing": config.activation_checkpointing,
+        "--attn-implementation": config.attn_implementation != "sdpa",
         "--cache-prefix": config.cache_prefix,
         "--load-in-4bit": config.load_in_4bit,
         "--save-steps": config.save_steps > 0,
