@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vfl_train.config import LoraConfig
 from vfl_train.cpu import keep_freed_memory
-from vfl_train.evaluation.run import probe_questions, score
+from vfl_train.evaluation.run import Asking, probe_questions, score
 from vfl_train.models import VisionLanguageModel
 from vfl_train.phantom.datasets import probe_set, write_pool
 from vfl_train.schemas import BUILTIN_FUNCTIONS
@@ -51,7 +51,7 @@ def main() -> None:
             )
         )  # fmt: skip
         vlm = VisionLanguageModel.load(arguments.model, adapter=str(adapter))
-        scores = score(vlm, questions, max_new_tokens=8, with_base=True)
+        scores = score(vlm, questions, Asking(max_new_tokens=8, with_base=True))
         others = {n: s.delta or 0.0 for n, s in scores.items() if not n.startswith("ocr")}
         worst = min(others, key=lambda n: others[n])
         hand, printed = scores["ocr_handwritten"], scores["ocr"]

@@ -25,6 +25,7 @@ PHASES = ("text", "decode")
 PATHS = ("engine", "reference")
 MODULES = ("attention", "mlp", "both")  # what of a layer a knockout leaves out
 RERUN_AT = ("end", "itself")  # when layers run again
+PROFILE_CONTROLS = ("self", "nuisance", "unrelated", "noise")  # swaps that show what a swap does by itself
 MATCHES = ("exact", "choice", "iou")
 STATUSES = ("ok", "not_measurable")
 LAYER_RULES = ("block", "paper")
@@ -99,6 +100,27 @@ class ModelInfo:
     num_layers: int
     hidden_size: int
 
+    def wrong(self) -> str:
+        """What of these is of another type than it says, empty if nothing is."""
+        if not (is_count(self.num_layers) and self.num_layers and is_count(self.hidden_size)):
+            return "model.num_layers and model.hidden_size must be whole numbers"
+        if not all(isinstance(t, str) for t in (self.name_or_path, self.model_type, self.revision or "")):
+            return "model.name_or_path, model.model_type and model.revision must be text"
+        return ""
+
+    def check(self, model: ModelInfo, what: str, fix: str) -> list[str]:
+        """Refuse a `model` of another type, depth or width than this one (ConfigError); return warnings about
+        another name or revision. `what` speaks of this model, like "this profile"; `fix` says what to do."""
+        for key in ("model_type", "num_layers", "hidden_size"):
+            ours, theirs = getattr(self, key), getattr(model, key)
+            if ours != theirs:
+                raise ConfigError(f"{what} is of a model with {key} {ours}, the model has {theirs}", fix)
+        return [
+            f"{what} is of {key} {getattr(self, key)!r}, the model is {getattr(model, key)!r}"
+            for key in ("name_or_path", "revision")
+            if getattr(self, key) != getattr(model, key)
+        ]
+
 
 @dataclass(frozen=True)
 class FunctionProfile:
@@ -123,7 +145,7 @@ class FunctionProfile:
         """What does not follow the contract in a model of `depth` layers, empty if all does."""
         if self.status not in STATUSES:
             return f"status must be one of {', '.join(STATUSES)}"
-        if not (_is_count(self.pairs) and _is_count(self.pairs_answered)):
+        if not (is_count(self.pairs) and is_count(self.pairs_answered)):
             return "pairs and pairs_answered must be whole numbers"
         examples = self.examples if isinstance(self.examples, list) else [None]
         if not all(isinstance(v, dict) for v in (self.controls, self.details, *examples)):
@@ -137,7 +159,7 @@ class FunctionProfile:
             return f"ci95 must be {depth} pairs of numbers from 0 to 1, or none"
         peak = [] if self.peak_layer is None else [self.peak_layer]
         for key, layers in (("peak_layer", peak), ("layers", self.layers), ("flip_block", self.flip_block)):
-            if not isinstance(layers, list) or any(not _is_count(k) or k >= depth for k in layers):
+            if not isinstance(layers, list) or any(not is_count(k) or k >= depth for k in layers):
                 return f"{key} names a layer outside 0-{depth - 1}"
         return ""
 
@@ -201,12 +223,9 @@ class Profile:
         for key, known in (("intervention", INTERVENTIONS), ("phase", PHASES), ("path", PATHS)):
             if getattr(self, key) not in known:
                 return f"{key} must be one of {', '.join(known)}"
-        m = self.model
-        if not (_is_count(m.num_layers) and m.num_layers and _is_count(m.hidden_size)):
-            return "model.num_layers and model.hidden_size must be whole numbers"
-        if not all(isinstance(t, str) for t in (m.name_or_path, m.model_type, m.revision or "")):
-            return "model.name_or_path, model.model_type and model.revision must be text"
-        of_functions = (f.wrong(m.num_layers) for f in self.functions.values())
+        if wrong := self.model.wrong():
+            return wrong
+        of_functions = (f.wrong(self.model.num_layers) for f in self.functions.values())
         return next(
             (f"functions.{n}.{w}" for n, w in zip(self.functions, of_functions, strict=True) if w), ""
         )
@@ -214,18 +233,7 @@ class Profile:
     def check_model(self, model: ModelInfo) -> list[str]:
         """Refuse a model of another type, depth or width (ConfigError); return warnings about another
         name or revision."""
-        for key in ("model_type", "num_layers", "hidden_size"):
-            ours, theirs = getattr(self.model, key), getattr(model, key)
-            if ours != theirs:
-                raise ConfigError(
-                    f"this profile is of a model with {key} {ours}, the model has {theirs}",
-                    "profile this model first",
-                )
-        return [
-            f"this profile is of {key} {getattr(self.model, key)!r}, the model is {getattr(model, key)!r}"
-            for key in ("name_or_path", "revision")
-            if getattr(self.model, key) != getattr(model, key)
-        ]
+        return self.model.check(model, "this profile", "profile this model first")
 
     def layers_of(self, function: str, rule: str = "block") -> list[int]:
         """The layers of `function`: its flip block (`block`) or the papers' half-peak block (`paper`).
@@ -254,7 +262,8 @@ def _function_profile(value: Mapping[str, Any]) -> FunctionProfile:
     return FunctionProfile(**{k: v for k, v in value.items() if k in known})
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number from 0 on, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -270,7 +279,8 @@ def _are_shares(values: object) -> bool:
 
 @dataclass(frozen=True)
 class FunctionScore:
-    """Accuracy in 0..1 with its Wilson interval; for an adapter also the base's and the change in points.
+    """Accuracy in 0..1 with its Wilson interval; beside a base also the base's, the change in points with its
+    interval (paired), and how many questions only the model (`gained`) or only the base (`lost`) gets right.
     `drop_from`: first dropped layer (as text) -> `accuracy`, `n`, `ci95` and `delta` (points against the
     untouched model) over the questions with an image; absent where nothing was dropped. `knockout`, `rerun`:
     `accuracy`, `n`, `ci95`, `delta` and `delta_ci95` (points against untouched, paired) with a layer left
@@ -281,6 +291,9 @@ class FunctionScore:
     ci95: list[float]
     base_accuracy: float | None = None
     delta: float | None = None
+    delta_ci95: list[float] | None = None
+    gained: int | None = None
+    lost: int | None = None
     drop_from: dict[str, dict[str, Any]] | None = None
     knockout: dict[str, Any] | None = None
     rerun: dict[str, Any] | None = None

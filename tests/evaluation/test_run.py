@@ -17,7 +17,7 @@ from vfl_train.cli import main
 from vfl_train.config import EvalConfig, LoraConfig
 from vfl_train.data.rows import user_message
 from vfl_train.errors import ConfigError, DataError, VerificationError
-from vfl_train.evaluation import run
+from vfl_train.evaluation import score as module
 from vfl_train.evaluation.questions import Question
 from vfl_train.evaluation.run import check_gate, evaluate
 from vfl_train.phantom import world
@@ -70,8 +70,10 @@ def test_the_phantom_answers_its_probes(tmp_path):
     for name in ("emotion", "ocr"):
         assert scores[name].accuracy >= 0.9 and scores[name].n == 20
         assert scores[name].ci95 == wilson(scores[name].accuracy * 20, 20)
-    assert card_of(tmp_path / "out") == {
-        "model": "phantom", "adapter": None,
+    card = card_of(tmp_path / "out")
+    assert card.pop("questions").keys() == {"name", "sha256"}
+    assert card == {
+        "model": "phantom", "adapter": None, "manifest_sha256": None,
         "functions": {
             name: {"accuracy": s.accuracy, "n": 20, "ci95": s.ci95} for name, s in scores.items()
         },
@@ -87,7 +89,12 @@ def test_an_adapter_is_judged_beside_its_base(spoilt, tmp_path):
     assert scores["ocr"].delta < -30, "random weights did not spoil the layer: the test shows nothing"
     card = card_of(config.output)
     assert card["adapter"] == "spoilt"
-    assert card["functions"]["ocr"].keys() == {"accuracy", "n", "ci95", "base_accuracy", "delta"}
+    found = card["functions"]["ocr"]
+    assert found.keys() == {
+        "accuracy", "n", "ci95", "base_accuracy", "delta", "delta_ci95", "gained", "lost",
+    }  # fmt: skip
+    assert 100 * (found["gained"] - found["lost"]) / found["n"] == pytest.approx(found["delta"])
+    assert found["delta_ci95"][0] < found["delta"] < found["delta_ci95"][1] < 0
 
 
 @pytest.mark.parametrize("size", [1, 7])
@@ -184,6 +191,39 @@ def test_a_source_that_is_not_there_is_named(rows, tmp_path):
         evaluate(config_of(tmp_path / "out", data=str(rows), functions=()))
 
 
+def test_a_row_that_cannot_be_asked_is_quarantined_and_the_rest_is_scored(rows, tmp_path, capsys):
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    broken = json.loads(lines[3])
+    broken["messages"][0]["content"] = "<image>what is <|image_pad|> here?"
+    gone = json.loads(lines[5]) | {"images": ["nowhere.png"]}
+    rows.write_text("\n".join([*lines, json.dumps(broken), json.dumps(gone)]) + "\n", encoding="utf-8")
+    scores = evaluate(config_of(tmp_path / "out", data=str(rows), functions=()))
+    assert {name: s.n for name, s in scores.items()} == {"right": 4, "wrong": 3, "rows": 1}
+    assert "2 rows cannot be used" in capsys.readouterr().out
+    assert card_of(tmp_path / "out")["quarantined"] == 2
+    text = (tmp_path / "out" / "quarantine.jsonl").read_text(encoding="utf-8")
+    entries = [json.loads(line) for line in text.splitlines()]
+    assert [(e["line"], e["code"]) for e in entries] == [(10, "placeholder_in_text"), (11, "image_missing")]
+    rows.write_text(json.dumps(broken) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no row can be encoded by this model; row 0"):
+        evaluate(config_of(tmp_path / "none", data=str(rows), functions=()))
+
+
+def test_a_model_is_judged_beside_another_as_an_adapter_is_beside_its_base(tmp_path):
+    """The twin answers most of what the phantom answers; compared with itself nothing changes."""
+    settings = {"functions": ("emotion",), "pairs": 6}
+    same = evaluate(config_of(tmp_path / "same", base="phantom", **settings))["emotion"]
+    assert (same.delta, same.gained, same.lost) == (0.0, 0, 0)
+    alone = evaluate(config_of(tmp_path / "alone", model="phantom-unplanted", **settings))["emotion"]
+    beside = evaluate(config_of(tmp_path / "beside", base="phantom-unplanted", **settings))["emotion"]
+    assert beside.base_accuracy == alone.accuracy and beside.accuracy == same.accuracy
+    assert card_of(tmp_path / "beside")["base"] == "phantom-unplanted"
+    with pytest.raises(ConfigError, match="holds another run"):
+        evaluate(config_of(tmp_path / "beside", base="phantom", **settings))
+    with pytest.raises(ConfigError, match="leave --base out"):
+        config_of(tmp_path / "both", base="phantom", adapter="adapter")
+
+
 def test_how_rows_are_judged(tmp_path):
     """Rows that expect an option, letter and words: answers give the words alone, and hold no box."""
     rng, lines = np.random.default_rng(2), []
@@ -226,14 +266,14 @@ def test_chunks_are_bounded_by_prompts_and_tokens(monkeypatch):
     vlm = SimpleNamespace(
         prompt_of=lambda messages, images: SimpleNamespace(length=10 * len(messages[0].text.split()))
     )
-    lengths = lambda: [[p.length for _, p in chunk] for chunk in run._chunks(vlm, asked)]  # noqa: E731
+    lengths = lambda: [[p.length for _, p in c] for c in module.chunks(vlm, asked, [])]  # noqa: E731
     assert lengths() == [[10, 20, 10, 30, 10]]
-    monkeypatch.setattr(run, "CHUNK_TOKENS", 30)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 30)
     assert lengths() == [[10, 20], [10], [30], [10]]
-    monkeypatch.setattr(run, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 5)
     assert lengths() == [[10], [20], [10], [30], [10]], "a prompt over the budget goes alone"
-    monkeypatch.setattr(run, "CHUNK_TOKENS", 1000)
-    monkeypatch.setattr(run, "CHUNK", 2)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 1000)
+    monkeypatch.setattr(module, "CHUNK", 2)
     assert lengths() == [[10, 20], [10, 30], [10]]
 
 
@@ -244,4 +284,6 @@ def test_a_dry_run_says_how_much_and_writes_nothing(adapter, tmp_path, capsys):
     assert "12 questions: emotion 6, ocr 6" in said
     assert "48 answers: 12 as the model is, 12 by its base, 24 with the image dropped" in said
     assert re.search(r"has \d\d tokens", said) and re.search(r"about \d+\.\d min", said)
+    evaluate(config_of(tmp_path / "out", pairs=3, base="phantom-unplanted", dry_run=True))
+    assert "24 answers: 12 as the model is, 12 by its base" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

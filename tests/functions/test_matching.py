@@ -78,3 +78,25 @@ def test_boxes():
     assert matches("(0, 0, 10, 10)", "0,0,10,9", "iou")
     assert not matches("(0, 0, 10, 10)", "5,5,20,20", "iou")
     assert not matches("no idea", "0,0,10,9", "iou")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "right"),
+    [
+        ("3", "3", True),
+        ("There are three.", "3", True),
+        ("3 cats", "three", True),
+        ("3.0", "3", True),
+        ("1,200 people", "1200", True),
+        ("between 3 and 4", "3", False),
+        ("3 of them, three", "3", True),
+        ("several", "3", False),
+        ("several", "many", False),
+        ("13", "3", False),
+        ("-3", "3", False),
+        ("none", "0", False),
+        ("someone saw 2", "2", True),
+    ],
+)
+def test_number(output, expected, right):
+    assert matches(output, expected, "number") is right

@@ -172,7 +172,9 @@ def test_too_little_data_is_an_error(tmp_path, rows, options, code, words):
     data = write_rows(tmp_path / "data", {"mood": ["emotion"] * rows})
     result = invoke(data, tmp_path / "out", *options)
     assert result.exit_code == code and words in result.stderr
-    assert len(result.stderr.strip().splitlines()) <= 2 and not (tmp_path / "out").exists()
+    lines = result.stderr.strip().splitlines()  # what was read is said before, where it came to that
+    assert [line for line in lines if not line.startswith(f"{data}: ")] == [lines[-1]]
+    assert lines[-1].startswith("error: ") and not (tmp_path / "out").exists()
 
 
 def test_one_answer_only_is_an_error(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vfl_train.evaluation.run import probe_questions, score
+from vfl_train.evaluation.run import Asking, probe_questions, score
 from vfl_train.models import VisionLanguageModel, resolve_name
 from vfl_train.phantom.architecture import PLANTED
 from vfl_train.phantom.datasets import probe_set
@@ -25,7 +25,7 @@ def test_loads_with_plain_transformers_and_answers_unseen_scenes(name):
     assert AutoProcessor.from_pretrained(folder).chat_template
     vlm = VisionLanguageModel.load(name)
     probes = probe_set(dict.fromkeys(PLANTED, 20), seed=31)
-    scores = score(vlm, probe_questions(probes), max_new_tokens=8, with_base=False)
+    scores = score(vlm, probe_questions(probes), Asking(max_new_tokens=8))
     assert {n: s.n for n, s in scores.items()} == dict.fromkeys(PLANTED, 40)
     assert all(s.accuracy >= 0.9 for s in scores.values()), scores
 

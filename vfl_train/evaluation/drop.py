@@ -20,7 +20,7 @@ from vfl_train.interventions import Prompt, Row, drop
 from vfl_train.interventions.generation import generate_under
 from vfl_train.interventions.readout import Cost
 from vfl_train.models.generation import Generated
-from vfl_train.profiling.cost import reference_line
+from vfl_train.profiling.cost import path_record, reference_line
 from vfl_train.schemas import FunctionScore, wilson
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ class DropFrom:
 
     def record(self) -> dict[str, Any]:
         """How it was computed, for scorecard.json."""
-        return {
-            "layers": list(self.layers), "path": self.path, "rows": self.cost.rows,
-            "reference_rows": self.cost.reference_rows, "reasons": dict(self.cost.reasons),
-        }  # fmt: skip
+        return {"layers": list(self.layers), **path_record(self.path, self.cost)}
 
 
 def show_drops(scores: dict[str, FunctionScore], record: dict[str, Any], num_layers: int) -> None:

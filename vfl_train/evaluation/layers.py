@@ -27,6 +27,7 @@ from vfl_train.knockout.choice import paired_gain
 from vfl_train.knockout.record import Knockout
 from vfl_train.models.generation import Generated
 from vfl_train.options import format_layers, parse_layers
+from vfl_train.profiling.cost import path_record
 from vfl_train.schemas import FunctionScore, ModelInfo, wilson
 
 if TYPE_CHECKING:
@@ -148,10 +149,7 @@ class TouchedLayers:
 
     def record(self) -> dict[str, Any]:
         """How it was computed, for scorecard.json."""
-        return {
-            "path": self.path, "rows": self.cost.rows, "reference_rows": self.cost.reference_rows,
-            "reasons": dict(self.cost.reasons),
-        }  # fmt: skip
+        return path_record(self.path, self.cost)
 
 
 def _layers_of(config: EvalConfig, model: ModelInfo) -> tuple[int, ...]:

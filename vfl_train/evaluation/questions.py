@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +11,21 @@ from PIL import Image
 
 from vfl_train.data.images import open_image
 from vfl_train.data.readers import read_dataset
-from vfl_train.data.rows import ImageRef, Message, Row, user_message
+from vfl_train.data.rows import ImageRef, Message, Rejected, Row, user_message
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.functions.builtin.canvas import SIZE
-from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
+from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set, most_pairs
 
 if TYPE_CHECKING:
-    from vfl_train.config import EvalConfig
+    from vfl_train.config import EvalConfig, KnockoutConfig
     from vfl_train.models import VisionLanguageModel
 
 
 @dataclass(frozen=True)
 class Question:
     """One thing to ask: the turns before the answer, their images (opened when they are needed), the
-    expected answer, how to judge it, and the row of the data file that it is (from 0), if it is one."""
+    expected answer, how to judge it, and the row of the data file that it is (from 0, with its id and line),
+    if it is one."""
 
     function: str
     messages: tuple[Message, ...]
@@ -32,45 +33,60 @@ class Question:
     answer: str
     match: str = "exact"
     row: int | None = None
+    id: str = ""
+    line: int | None = None
 
     def opened(self) -> list[Image.Image]:
         """The images as RGB pictures."""
         return [open_image(i) if isinstance(i, ImageRef) else i for i in self.images]
 
 
-def load_questions(config: EvalConfig) -> tuple[list[Question], str] | None:
-    """What --data or --probes asks, and a sha256 of it; None where it is the built-in pairs, for which the
-    model must be known. Raises ConfigError or DataError."""
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, a sha256 of where it comes from, and the rows of it that cannot be used."""
+
+    questions: list[Question]
+    sha256: str
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def load_questions(config: EvalConfig) -> Asked | None:
+    """What --data or --probes asks; None where it is the built-in pairs, for which the model must be known.
+    Raises ConfigError or DataError."""
     if config.data is not None:
-        dataset = read_dataset(config.data, config.image_root, limit=config.limit)
-        questions = [q for row in dataset.rows for q in row_questions(row, config.match)]
+        asked = file_questions(config.data, config)
+        questions = asked.questions
         absent = sorted(set(config.functions) - {q.function for q in questions})
-        if absent and questions:
+        if absent:
             raise ConfigError(f"no single-turn row of {config.data} has the source {absent[0]!r}")
         if config.functions:
             questions = [q for q in questions if q.function in config.functions]
-        if not questions:
-            raise DataError(
-                f"{config.data} holds no row to score", "rows of one question and one answer are scored"
-            )
-        return questions, dataset.sha256
+        return replace(asked, questions=questions)
     if config.probes is None:
         return None
-    probes = load_probe_set(Path(config.probes), config.functions, _pairs(config))
-    return list(probe_questions(probes)), probes.sha256
+    probes = load_probe_set(Path(config.probes), config.functions, most_pairs(config.pairs, config.limit))
+    return Asked(list(probe_questions(probes)), probes.sha256)
 
 
-def builtin_questions(config: EvalConfig, vlm: VisionLanguageModel) -> tuple[list[Question], str]:
-    """What the built-in pairs ask, boxes as the model's family writes them, and a sha256 of it.
-    Raises ConfigError."""
+def file_questions(data: str, config: EvalConfig | KnockoutConfig) -> Asked:
+    """The single-turn rows of a data file. Raises ConfigError, DataError (there is none)."""
+    dataset = read_dataset(data, config.image_root, limit=config.limit)
+    questions = [q for row in dataset.rows for q in row_questions(row, config.match)]
+    if not questions:
+        raise DataError(f"{data} holds no row to score", "rows of one question and one answer are scored")
+    return Asked(questions, dataset.sha256, list(dataset.rejected))
+
+
+def builtin_questions(config: EvalConfig, vlm: VisionLanguageModel) -> Asked:
+    """What the built-in pairs ask, boxes as the model's family writes them. Raises ConfigError."""
     probes = builtin_probe_set(
-        config.functions, _pairs(config), config.seed, world=vlm.world, box=vlm.box_convention(SIZE)
+        config.functions,
+        most_pairs(config.pairs, config.limit),
+        config.seed,
+        world=vlm.world,
+        box=vlm.box_convention(SIZE),
     )
-    return list(probe_questions(probes)), probes.sha256
-
-
-def _pairs(config: EvalConfig) -> int:
-    return config.pairs if config.limit is None else min(config.pairs, config.limit)
+    return Asked(list(probe_questions(probes)), probes.sha256)
 
 
 def probe_questions(probes: ProbeSet) -> Iterator[Question]:
@@ -86,4 +102,5 @@ def row_questions(row: Row, match: str = "exact") -> Iterator[Question]:
     """Single-turn rows, grouped by their `source`. Rows of several turns are not scored."""
     if [m.role for m in row.messages if m.role != "system"] == ["user", "assistant"]:
         *before, reply = row.messages
-        yield Question(row.source, tuple(before), row.images, reply.text.strip(), match, row.row)
+        answer = reply.text.strip()
+        yield Question(row.source, tuple(before), row.images, answer, match, row.row, row.id, row.line)

@@ -1,4 +1,4 @@
-"""Whether an output counts as the expected answer: the three ways a probe pair may ask for."""
+"""Whether an output counts as the expected answer, in the ways a probe pair or a data file may ask for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import string
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")  # not the 2 of "bbox_2d"
 _OPTION = re.compile(r"([a-z])[.:)] ?(\S.*)")  # "b. the car", as `normalise` leaves it
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
 _EDGES = string.punctuation + string.whitespace
 
 
@@ -21,8 +26,12 @@ def matches(output: str, expected: str, match: str = "exact") -> bool:
     `exact`: equal after `normalise`. `choice`: the output starts with the option (a letter or word, as in
     "B", "(B)", "B. the car"); an expected "B. the car" is given by its letter or by its words. A letter must
     stand alone: "A red car" does not choose A. `iou`: both hold four numbers and the boxes overlap by more
-    than one half.
+    than one half. `number`: both name one number, the same ("There are three." for "3"); an output that names
+    two different ones names none.
     """
+    if match == "number":
+        said, asked = number(output), number(expected)
+        return said is not None and said == asked
     if match == "iou":
         a, b = box(output), box(expected)
         return a is not None and b is not None and iou(a, b) > 0.5
@@ -45,6 +54,14 @@ def _stands_alone(text: str, letter: str) -> bool:
 def _starts(text: str, word: str) -> bool:
     """Whether `text` starts with `word`, and not with a longer word ("no-one" is longer than "no")."""
     return re.match(rf"{re.escape(word)}(?!-?\w)", text) is not None
+
+
+def number(text: str) -> float | None:
+    """The one number that `text` names, in digits (1,200 and 3.5 too) or a word up to twenty, else None."""
+    folded = _THOUSANDS.sub("", text.casefold())
+    found = {float(n) for n in _NUMBER.findall(folded)}
+    found |= {float(_WORDS.index(word)) for word in re.findall(r"[a-z]+", folded) if word in _WORDS}
+    return found.pop() if len(found) == 1 else None
 
 
 def box(text: str) -> tuple[float, float, float, float] | None:

@@ -201,3 +201,8 @@ def save_probe_set(probes: ProbeSet, folder: Path) -> None:
         loaded.image_b.save(folder / loaded.pair.image_b)
         lines.append(json.dumps(vars(loaded.pair)))
     (folder / PAIRS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def most_pairs(pairs: int, limit: int | None) -> int:
+    """Pairs a function under --pairs and --limit."""
+    return pairs if limit is None else min(pairs, limit)

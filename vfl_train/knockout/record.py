@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vfl_train.errors import ConfigError
-from vfl_train.schemas import MAX_PROFILE_BYTES, MODULES, ModelInfo, read_json
+from vfl_train.schemas import MAX_PROFILE_BYTES, MODULES, ModelInfo, is_count, read_json
 
 SCHEMA_VERSION = 1
 
@@ -59,31 +58,18 @@ class Knockout:
             )
         except (KeyError, TypeError, AttributeError) as e:
             raise ConfigError(f"{path} does not follow the knockout contract: {e}") from None
-        wrong_type = _wrong_type(model)
-        if wrong_type:
-            raise ConfigError(f"{path} does not follow the knockout contract: model.{wrong_type}")
-        layers = [found.layer, *found.tasks.values()]
-        wrong = [k for k in layers if k is not None and not _is_layer(k, model.num_layers)]
-        if wrong or not isinstance(found.module, str) or found.module not in MODULES:
+        layers = [k for k in (found.layer, *found.tasks.values()) if k is not None]
+        wrong = model.wrong() or next(
+            (f"layer {k!r}" for k in layers if not is_count(k) or k >= model.num_layers), ""
+        )
+        if wrong or found.module not in MODULES:
             raise ConfigError(f"{path} does not follow the knockout contract: {wrong or found.module}")
         return found
 
     def check_model(self, model: ModelInfo) -> list[str]:
         """Refuse a model of another type, depth or width (ConfigError); return warnings about another name or
         revision."""
-        for key in ("model_type", "num_layers", "hidden_size"):
-            ours, theirs = getattr(self.model, key), getattr(model, key)
-            if ours != theirs:
-                raise ConfigError(
-                    f"this knockout.json is of a model with {key} {ours}, the model has {theirs}",
-                    "run vfl-train knockout on this model",
-                )
-        return [
-            f"this knockout.json is of {key} {getattr(self.model, key)!r}, "
-            f"the model is {getattr(model, key)!r}"
-            for key in ("name_or_path", "revision")
-            if getattr(self.model, key) != getattr(model, key)
-        ]
+        return self.model.check(model, "this knockout.json", "run vfl-train knockout on this model")
 
     def layer_of(self, task: str) -> int | None:
         """The layer to leave out for a task: its own if the file names the task, else that of all rows."""
@@ -96,21 +82,3 @@ class Knockout:
     def shots_of(self, data_sha256: str) -> frozenset[int]:
         """The rows chosen on, if these are of the data with this digest."""
         return self.shot_rows if data_sha256 == self.data_sha256 else frozenset()
-
-
-def _wrong_type(model: ModelInfo) -> str | None:
-    """The field of `model` that is of another type than it says, or None."""
-    for key in ("num_layers", "hidden_size"):
-        value = getattr(model, key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            return key
-    texts = {
-        "name_or_path": model.name_or_path,
-        "model_type": model.model_type,
-        "revision": model.revision or "",
-    }
-    return next((key for key, value in texts.items() if not isinstance(value, str)), None)
-
-
-def _is_layer(value: Any, depth: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < depth

@@ -6,6 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vfl_train.data.readers import read_dataset
 from vfl_train.errors import DataError
-from vfl_train.evaluation.questions import Question, row_questions
+from vfl_train.evaluation.questions import Question, file_questions
 from vfl_train.interventions import Branch, knockout
 from vfl_train.knockout.choice import Choice, choose, draw_shots, paired_gain
 from vfl_train.knockout.cluster import average_linkage, leaf_order, pearson
@@ -55,20 +55,17 @@ def run_knockout(config: KnockoutConfig) -> dict[str, Any]:
         DataError: no row to score, too few of a task, or one answer only.
         ConfigError: as loading does; NumericError: losses that are not finite.
     """
-    dataset = read_dataset(config.data, config.image_root, limit=config.limit)
-    questions = [q for row in dataset.rows for q in row_questions(row, config.match)]
-    if not questions:
-        raise DataError(
-            f"{config.data} holds no row to score", "rows of one question and one answer are scored"
-        )
+    asked = file_questions(config.data, config)
+    questions = asked.questions
     tasks = split(questions, config.shots, config.seed, config.data)
     vlm = VisionLanguageModel.load(
-        config.model, config.revision, config.dtype, config.device, config.load_in_4bit, config.max_pixels
-    )
+        config.model, config.revision, config.dtype, config.device, config.load_in_4bit, config.max_pixels,
+        load_in_8bit=config.load_in_8bit,
+    )  # fmt: skip
     if config.dry_run:
         print("\n".join(estimate(vlm, questions, tasks, config)))
         return {}
-    inputs = {"data": dataset.sha256, "model": model_digest(vlm)}
+    inputs = {"data": asked.sha256, "model": model_digest(vlm)}
     wanted = fingerprint("knockout", config, inputs, PACKAGES)
     with RunFolder.open(config.output, wanted, config.overwrite) as run:
         if run.already_done:
@@ -77,7 +74,7 @@ def run_knockout(config: KnockoutConfig) -> dict[str, Any]:
         else:
             print("\n".join(estimate(vlm, questions, tasks, config)))
             found = measure_tasks(vlm, questions, tasks, config)
-            found["data"] = {"name": dataset.path.name, "sha256": dataset.sha256}
+            found["data"] = {"name": Path(config.data).name, "sha256": asked.sha256}
             run.write_json("knockout.json", found)
             run.write_bytes("knockout.png", plot_bytes(found))
     show(found)

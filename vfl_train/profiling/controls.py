@@ -9,8 +9,8 @@ from functools import lru_cache
 from vfl_train.functions.matching import matches
 from vfl_train.interventions import NOISE, Prompt, swap
 from vfl_train.profiling.sweep import DONOR, AnsweredPair, Ask, Sweeper
+from vfl_train.schemas import PROFILE_CONTROLS
 
-CONTROLS = ("self", "nuisance", "unrelated", "noise")
 CACHED = 8  # partners' prompts held at once
 
 Side = tuple[int, int]  # index of an answered pair; 0 for its image a, 1 for b
@@ -27,7 +27,7 @@ def controls(
     """
     depth = sweeper.vlm.num_layers
     layers = range(depth)
-    rates: dict[str, list[list[bool]]] = {name: [] for name in CONTROLS}
+    rates: dict[str, list[list[bool]]] = {name: [] for name in PROFILE_CONTROLS}
 
     @lru_cache(maxsize=CACHED)
     def prompt_of(side: Side) -> Prompt:

@@ -45,6 +45,13 @@ def path_taken(path: str, cost: dict[str, Any]) -> str:
     return "reference" if path == "reference" or all_there else "engine"
 
 
+def path_record(path: str, cost: Cost) -> dict[str, Any]:
+    """How rows were computed: the path asked for, and those that took the reference path all the same."""
+    return {
+        "path": path, "rows": cost.rows, "reference_rows": cost.reference_rows, "reasons": dict(cost.reasons)
+    }  # fmt: skip
+
+
 def reference_line(cost: dict[str, Any]) -> str:
     """One line on the rows that the engine left to the reference path, empty if there were none."""
     if not cost["reference_rows"]:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from vfl_train.functions.probes import LoadedPair, ProbeSet
 from vfl_train.interventions import Prompt, Row, read_out
 from vfl_train.profiling.branches import first_layers, sweep_keys
-from vfl_train.profiling.controls import CONTROLS
 from vfl_train.profiling.interaction import INTERACTION_PAIRS
 from vfl_train.profiling.sweep import Sweeper
+from vfl_train.schemas import PROFILE_CONTROLS
 
 if TYPE_CHECKING:
     from vfl_train.config import ProfileConfig
@@ -106,7 +106,7 @@ def _parts(
     if config.intervention != "swap":
         return [(1.0, sweep, 0)]
     cumulative = [k for k in range(1, depth)] + [0] * depth
-    control = [k for _ in CONTROLS for k in range(depth)]
+    control = [k for _ in PROFILE_CONTROLS for k in range(depth)]
     parts = [(1.0, sweep, 0), (1.0, cumulative[::2], 0)]
     parts.append((min(config.control_pairs, pairs) / pairs, control, 3))  # self is a copy, see `controls`
     if functions > 1:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfl_train.functions.probes import LoadedPair, ProbeSet
+from vfl_train.functions.probes import LoadedPair, ProbeSet, most_pairs
 from vfl_train.interventions import Row, swap
 from vfl_train.interventions.generation import generate_under
 from vfl_train.models import VisionLanguageModel
@@ -95,7 +95,7 @@ def _profile(
         functions={name: m.function for name, m in measured.items()},
         drop_curve=curves, drop_plan=plans, interaction=table, cost=cost,
         settings={
-            "pairs": most_pairs(config), "control_pairs": config.control_pairs,
+            "pairs": most_pairs(config.pairs, config.limit), "control_pairs": config.control_pairs,
             "own_probes": config.probes is not None, "drop_points": config.drop_points,
             "answer_tokens": MAX_ANSWER_TOKENS, "box_answer_tokens": MAX_BOX_TOKENS,
             "adapter": config.adapter and Path(config.adapter).name,
@@ -104,11 +104,6 @@ def _profile(
             "interaction_pairs": INTERACTION_PAIRS,
         },
     )  # fmt: skip
-
-
-def most_pairs(config: ProfileConfig) -> int:
-    """Pairs a function, at most."""
-    return config.pairs if config.limit is None else min(config.pairs, config.limit)
 
 
 # --- one function --------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vfl_train.functions.builtin.canvas import SIZE
-from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
+from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set, most_pairs
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.profiling import partial
 from vfl_train.profiling.compare import base_profile, compare, load_base
 from vfl_train.profiling.estimate import estimate, summary
-from vfl_train.profiling.measure import PACKAGES, measure, most_pairs
+from vfl_train.profiling.measure import PACKAGES, measure
 from vfl_train.profiling.show import show
 from vfl_train.report.heatmap import save_heatmap
 from vfl_train.report.pages import profile_page
@@ -28,16 +28,24 @@ def profile(config: ProfileConfig) -> Profile | None:
     """Profile the model of `config` and write profile.json, profile.png and report.html. Prints the layers
     found; with `dry_run` what it would cost, and returns None. A run that was cut short goes on with the
     function it was at. Raises ConfigError, DataError (exit codes 2, 3)."""
+    if config.profile is not None:
+        from vfl_train.profiling.take import take_profile
+
+        return take_profile(config)
     own = None
     if config.probes is not None:
-        own = load_probe_set(config.probes, config.functions, most_pairs(config))
+        own = load_probe_set(config.probes, config.functions, most_pairs(config.pairs, config.limit))
         _say_what_is_left_out(own)
     vlm = VisionLanguageModel.load(
         config.model, config.revision, config.dtype, config.device, config.load_in_4bit,
-        config.max_pixels, config.adapter,
+        config.max_pixels, config.adapter, load_in_8bit=config.load_in_8bit,
     )  # fmt: skip
     probes = own or builtin_probe_set(
-        config.functions, most_pairs(config), config.seed, world=vlm.world, box=vlm.box_convention(SIZE)
+        config.functions,
+        most_pairs(config.pairs, config.limit),
+        config.seed,
+        world=vlm.world,
+        box=vlm.box_convention(SIZE),
     )
     base_path = base_profile(config.adapter)
     base = None

@@ -15,7 +15,7 @@ from vfl_train.schemas import Profile
 def show(found: Profile) -> None:
     """The layers found, what the drop plan allows, whether training moved them, and the cost."""
     console = Console()
-    console.print(_layers(found))
+    console.print(layers_table(found))
     if found.compared_with:
         console.print(_moved(found))
     cost = found.cost
@@ -28,7 +28,8 @@ def show(found: Profile) -> None:
             console.print(text, markup=False, highlight=False)
 
 
-def _layers(found: Profile) -> Table:
+def layers_table(found: Profile) -> Table:
+    """One row a function: pairs answered, peak, layers, and the drop plan where there is one."""
     table = Table("function", "answered", "peak", "changed", "papers' layers", "flip block")
     table.columns[0].no_wrap = True
     if found.drop_plan:

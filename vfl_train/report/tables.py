@@ -8,10 +8,16 @@ from functools import partial
 from typing import Any
 
 from vfl_train.options import format_layers
-from vfl_train.schemas import BUILTIN_FUNCTIONS, MIN_ANSWERED_PAIRS, FunctionProfile, Profile, wilson
+from vfl_train.schemas import (
+    BUILTIN_FUNCTIONS,
+    MIN_ANSWERED_PAIRS,
+    PROFILE_CONTROLS,
+    FunctionProfile,
+    Profile,
+    wilson,
+)
 
 NONE = "-"
-CONTROLS = ("self", "nuisance", "unrelated", "noise")
 OVERLAP = "overlap"
 
 
@@ -100,7 +106,7 @@ def control_rows(profile: Profile) -> list[dict[str, str]]:
     model asked again."""
     return [
         {"name": name, "repeat": _share(f.details.get("base_changed"))}
-        | {kind: _share(max(f.controls.get(kind) or [], default=None)) for kind in CONTROLS}
+        | {kind: _share(max(f.controls.get(kind) or [], default=None)) for kind in PROFILE_CONTROLS}
         for name, f in profile.functions.items()
         if any(f.controls.values())
     ]
