@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from vfl_train.data.check import report
+from vfl_train.data.pool import open_pool
 from vfl_train.data.readers import read_dataset, write_quarantine, write_selected
+from vfl_train.data.survey import Survey
 
 ROWS = 2000
 VALUES = [
@@ -134,7 +136,10 @@ def test_every_mutated_row_is_kept_or_quarantined(mutated, image_root, tmp_path)
         again = read_dataset(mutated, image_root)
         write_quarantine(again.rejected, tmp_path / f"{name}.quarantine")
         write_selected(again, again.rows, tmp_path / f"{name}.selected")
-        (tmp_path / f"{name}.report").write_text("\n".join(report(again)))
+        pool = open_pool(mutated, image_root)
+        survey = Survey(pool).run(pool.iterate(check_images=True))
+        assert survey.rejected == dataset.rejected and survey.n_kept == len(kept)
+        (tmp_path / f"{name}.report").write_text("\n".join(report(survey)) + json.dumps(survey.as_dict()))
     for kind in ("quarantine", "selected", "report"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
     assert (tmp_path / "one.quarantine").read_bytes().count(b"\n") == len(refused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vfl_train.data.parse import parse_row
 from vfl_train.data.rows import (
     Image,
     Message,
@@ -13,7 +14,6 @@ from vfl_train.data.rows import (
     RowError,
     Text,
     one_line,
-    parse_row,
     reject,
     row_id,
     row_source,

@@ -1,54 +1,72 @@
-"""`vfl-train data check` and `data preview`: what is in a data file, and what would be trained on."""
+"""`vfl-train data check` and `data preview`: what is in a data set, and what would be trained on."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from vfl_train.data.readers import Dataset, read_dataset
-from vfl_train.data.rows import Row, RowError, one_line
+from vfl_train.data.pool import Pool, open_pool
+from vfl_train.data.readers import write_quarantine
+from vfl_train.data.rows import Rejected, Row, RowError, one_line
+from vfl_train.data.survey import FLAGS, Survey, largest, spread
 from vfl_train.errors import DataError
+from vfl_train.progress import track
 
 if TYPE_CHECKING:
     from vfl_train.config import DataConfig
-    from vfl_train.data.collator import Encoded, Encoder
+    from vfl_train.data.collator import Collator, Encoded, Encoder
 
 PREVIEW_ROWS = 3
 EXAMPLES = 3  # rows shown per reason code
 OPEN, CLOSE = "\u27e6", "\u27e7"  # around supervised tokens, for terminals and files without colour
 
 
-def check(config: DataConfig) -> Dataset:
+def check(config: DataConfig) -> Survey:
     """Read `config.data`, decode every image, and print counts by reason code and statistics.
+
+    With `max_length` every row is also encoded by the model's processor. With `output`, quarantine.jsonl and
+    report.json are written there.
 
     Raises:
         ConfigError: no such file, or not a supported format.
-        DataError: no row is usable.
+        DataError: no row is usable, or with `strict`, one is not.
     """
-    dataset = read_dataset(config.data, config.image_root, check_images=True, limit=config.limit)
+    pool = open_pool(config.data, config.image_root)
+    encoder = None if config.max_length is None else _collator(config).encoder
+    entries = pool.iterate(0, config.limit, check_images=True)
+    survey = Survey(pool, encoder, config.max_length).run(track(entries, None, "rows"))
     console = Console(highlight=False, soft_wrap=True)
-    for line in report(dataset):
+    for line in report(survey):
         console.print(line, markup=False)
-    if not dataset.rows:
-        raise _nothing_usable(dataset)
-    return dataset
+    if config.output is not None:
+        _write(config, survey)
+    if not survey.n_kept:
+        raise _nothing_usable(pool, survey)
+    if config.strict and survey.rejected:
+        first = survey.rejected[0]
+        message = f"{pool.path}: {len(survey.rejected)} of {survey.n_read} rows are not usable"
+        raise DataError(
+            f"{message}; row {first.row}: {first.detail}", "repair or remove them, or no --strict"
+        )
+    return survey
 
 
-def report(dataset: Dataset) -> list[str]:
-    """The lines that `check` prints: the same for the same file, wherever it lies."""
-    lines = [f"{dataset.path.name}: {dataset.format}, sha256 {dataset.sha256[:16]}"]
-    lines.append(dataset.totals())
-    for code, count in dataset.counts().items():
+def report(survey: Survey) -> list[str]:
+    """The lines that `check` prints: the same for the same data, wherever it lies."""
+    pool = survey.pool
+    lines = [f"{pool.path.name}: {pool.format}, sha256 {pool.sha256[:16]}", survey.totals()]
+    for code, count in survey.counts().items():
         lines.append(f"  {code:<22}{count:>8}")
-        examples = [entry for entry in dataset.rejected if entry.code == code]
-        lines += [f"      line {e.line}, id {e.id}: {e.detail}" for e in examples[:EXAMPLES]]
-    if dataset.rows:
-        lines += _statistics(dataset.rows)
+        examples = [entry for entry in survey.rejected if entry.code == code]
+        lines += [f"      {_where(e)}, id {e.id}: {e.detail}" for e in examples[:EXAMPLES]]
+    if survey.n_kept:
+        lines += _statistics(survey)
+    for name, flag in survey.findings().items():
+        lines.append(f"  {name:<22}{flag.count:>8}  {FLAGS[name]}")
+        lines += [f"      {example}" for example in flag.examples]
     return lines
 
 
@@ -59,26 +77,36 @@ def preview(config: DataConfig) -> None:
         ConfigError: no such file, format or model.
         DataError: no row is usable, or the model's processor cannot give an answer mask.
     """
-    from vfl_train.data.collator import Collator, Encoder
-    from vfl_train.models import load_processor
-
-    limit = config.limit or PREVIEW_ROWS
-    dataset = read_dataset(config.data, config.image_root, check_images=False)
-    if not dataset.rows:
-        raise _nothing_usable(dataset)
-    options = {key: getattr(config, key, None) for key in ("revision", "max_pixels")}
-    encoder = Encoder(load_processor(getattr(config, "model", None) or "phantom", **options))
-    collator = Collator(encoder)
-    console = Console(highlight=False)
-    console.print(Text(f"{dataset.format}, {dataset.summary()}; tokens trained on are {OPEN}marked{CLOSE}"))
-    for row in dataset.rows[:limit]:
+    pool = open_pool(config.data, config.image_root)
+    refused: list[Rejected] = []
+    rows: list[Row] = []
+    for entry in pool.iterate():
+        if isinstance(entry, Row):
+            rows.append(entry)
+        else:
+            refused.append(entry)
+        if len(rows) == (config.limit or PREVIEW_ROWS):
+            break
+    if not rows:
+        raise _none_usable(pool, len(refused), refused[0])
+    collator = _collator(config)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(f"{pool.format}; tokens trained on are {OPEN}marked{CLOSE}"))
+    if refused:
+        codes = sorted({str(entry.code) for entry in refused})
+        console.print(Text(f"{len(refused)} rows before the last one shown are refused ({', '.join(codes)})"))
+    for row in rows:
         console.print(_title(row), style="bold", markup=False)
         try:
             encoded = collator.encode(row)
         except RowError as error:
             console.print(Text(error.message, style="red"))
             continue
-        console.print(marked_tokens(encoder, encoded))
+        for ref, place in zip(row.images, encoded.places, strict=False):
+            tokens = place.stop - place.start
+            size = f"{place.size[0]} x {place.size[1]}"
+            console.print(Text(f"  {one_line(ref.label)}: {size} pixels, {tokens} tokens", style="dim"))
+        console.print(marked_tokens(collator.encoder, encoded))
 
 
 def marked_tokens(encoder: Encoder, encoded: Encoded) -> Text:
@@ -110,32 +138,60 @@ def _runs(kinds: Sequence[str], ids: Sequence[int]) -> list[tuple[str, list[int]
     return runs
 
 
-def _statistics(rows: Sequence[Row]) -> list[str]:
+def _collator(config: DataConfig) -> Collator:
+    from vfl_train.data.collator import Collator, Encoder
+    from vfl_train.models import load_processor
+
+    options = {key: getattr(config, key, None) for key in ("revision", "max_pixels")}
+    return Collator(Encoder(load_processor(config.model, **options)))
+
+
+def _write(config: DataConfig, survey: Survey) -> None:
+    from vfl_train.runs import RunFolder, fingerprint
+
+    assert config.output is not None
+    wanted = fingerprint("data", config, {"data": survey.pool.sha256})
+    with RunFolder.open(config.output, wanted, config.overwrite) as run:
+        if not run.already_done:
+            write_quarantine(survey.rejected, run.path("quarantine.jsonl"))
+            run.write_json("report.json", survey.as_dict())
+
+
+def _statistics(survey: Survey) -> list[str]:
     """Images and answers of the kept rows, in counts and characters."""
-    images = Counter(len(row.images) for row in rows)
-    answers = [m.text for row in rows for m in row.messages if m.role == "assistant"]
-    sizes = [len(answer) for answer in answers]
-    sources = Counter(row.source for row in rows)
-    ids = Counter(row.id for row in rows)
-    repeated = sum(count for count in ids.values() if count > 1)
-    return [
+    images, answers = survey.images_a_row, survey.as_dict()["answers"]
+    shape = spread(survey.answer_lengths)
+    assert shape is not None
+    lines = [
         "images per row: " + ", ".join(f"{n} in {images[n]} rows" for n in sorted(images)),
-        f"answers: {len(answers)} ({len(answers) / len(rows):.2f} a row, {len(set(answers))} different), "
-        f"characters median {median(sizes):g}, longest {max(sizes)}",
-        "sources: " + ", ".join(f"{one_line(name, 60)} {n}" for name, n in _largest(sources)),
-        f"rows that share their id: {repeated}",
+        f"answers: {answers['count']} ({answers['count'] / survey.n_kept:.2f} a row, "
+        f"{answers['different']} different), characters median {shape['median']}, longest {shape['longest']}",
+        "sources: " + ", ".join(f"{one_line(name, 60)} {n}" for name, n in largest(survey.sources)),
     ]
+    if tokens := spread(survey.token_lengths):
+        lines.append(f"tokens: median {tokens['median']}, longest {tokens['longest']}")
+    if survey.boxes.boxes:
+        kind = survey.boxes.kind or "coordinates that cannot be told"
+        lines.append(f"boxes: {survey.boxes.boxes}, taken as {kind}")
+    return lines
 
 
-def _largest(counts: Counter, limit: int = 10) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+def _where(entry: Row | Rejected) -> str:
+    return f"row {entry.row}" if entry.line is None else f"line {entry.line}"
 
 
 def _title(row: Row) -> str:
-    return f"\nrow {row.row} (line {row.line}), id {row.id}, source {row.source}, {len(row.images)} images"
+    where = "" if row.line is None else f" (line {row.line})"
+    turns = sum(message.role == "assistant" for message in row.messages)
+    images = f"{len(row.images)} image{'' if len(row.images) == 1 else 's'}"
+    counts = f"{images}, {turns} answer{'s' if turns > 1 else ''}"
+    return f"\nrow {row.row}{where}, id {row.id}, source {row.source}, {counts}"
 
 
-def _nothing_usable(dataset: Dataset) -> DataError:
-    first = dataset.rejected[0]
-    message = f"{dataset.path}: none of {dataset.n_read} rows is usable; row {first.row}: {first.detail}"
+def _nothing_usable(pool: Pool, survey: Survey) -> DataError:
+    return _none_usable(pool, survey.n_read, survey.rejected[0])
+
+
+def _none_usable(pool: Pool, read: int, first: Rejected) -> DataError:
+    message = f"{pool.path}: none of {read} rows is usable; row {first.row}: {first.detail}"
     return DataError(message, "repair the rows, or check --image-root")

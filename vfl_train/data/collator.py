@@ -17,7 +17,6 @@ keeps it, unsupervised).
 from __future__ import annotations
 
 import bisect
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,14 @@ import torch
 from jinja2 import TemplateError
 from PIL.Image import Image as PilImage
 
+from vfl_train.data.answers import (
+    EncodingError,
+    content_parts,
+    match_answers,
+    shared_start,
+    text_of,
+    with_markers,
+)
 from vfl_train.data.images import open_image
 from vfl_train.data.placeholders import Place, expansion, placeholders_of, places_of, replacements_of
 from vfl_train.data.rows import Image, Message, Reason, Row, RowError
@@ -35,10 +42,6 @@ from vfl_train.errors import DataError
 IGNORE = -100  # the label that the loss leaves out
 _TOKEN_KEYS = ("input_ids", "attention_mask")
 _BOOKKEEPING = ("offset_mapping", "text_replacement_offsets", "labels", *_TOKEN_KEYS)
-
-
-class EncodingError(RowError):
-    """A row that this model's processor cannot encode, or not with a certain answer mask."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,11 @@ class Encoder:
         self.placeholder_ids, self._placeholders = placeholders_of(processor)
 
     def encode(
-        self, messages: Sequence[Message], images: Sequence[PilImage], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        images: Sequence[PilImage],
+        add_generation_prompt: bool = False,
+        max_pixels: int | None = None,
     ) -> Encoded:
         """Encode a conversation, with the answer mask over its assistant turns.
 
@@ -101,6 +108,7 @@ class Encoder:
             messages: the turns; their `Image` parts stand for `images`, in order.
             images: RGB images.
             add_generation_prompt: end with the header of an assistant turn.
+            max_pixels: pixels an image is resized to at most, below the processor's own limit.
 
         Raises:
             EncodingError: the processor cannot encode it, or the answers cannot be located for certain.
@@ -108,7 +116,7 @@ class Encoder:
         chat = self._chat(messages, images)
         text = self._render(chat, add_generation_prompt)
         text, answers = self._close_turns(text, self._locate(chat, text, add_generation_prompt))
-        outputs = self._process(text, images)
+        outputs = self._process(text, images, max_pixels)
         mask = self._answer_mask(outputs, text, answers)
         inputs = {key: outputs[key] for key in _TOKEN_KEYS}
         inputs.update((key, value) for key, value in outputs.items() if key not in _BOOKKEEPING)
@@ -132,7 +140,7 @@ class Encoder:
             if found:
                 detail = f"the text ({message.role}) contains {found}, which this model takes for an image"
                 raise EncodingError(Reason.placeholder_in_text, detail)
-        return [{"role": message.role, "content": _content(message)} for message in messages]
+        return [{"role": message.role, "content": content_parts(message)} for message in messages]
 
     def _render(self, chat: list[dict], add_generation_prompt: bool) -> str:
         try:
@@ -148,9 +156,9 @@ class Encoder:
         turns = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
         if not turns:
             return []
-        marked, markers = _with_markers(chat, turns)
+        marked, markers = with_markers(chat, turns)
         frame = self._frame(self._render(marked, add_generation_prompt), markers)
-        spans = _match_answers(text, frame, [_text_of(chat[turn]) for turn in turns])
+        spans = match_answers(text, frame, [text_of(chat[turn]) for turn in turns])
         answers = []
         for order, (turn, (start, end)) in enumerate(zip(turns, spans, strict=True)):
             prompt = self._render(chat[:turn], True)
@@ -158,7 +166,7 @@ class Encoder:
                 start = min(start, len(prompt))  # the whitespace between header and content is generated
             own = self._render(marked[: turn + 1], False).rpartition(markers[order])[2]
             # Only what belongs to this turn may close it, not the header of the next.
-            closing = self._closing.match(_shared_start(own, text[end:]))
+            closing = self._closing.match(shared_start(own, text[end:]))
             answers.append(
                 _Answer(start, end + closing.end(), closing[1]) if closing else _Answer(start, end, "")
             )
@@ -189,9 +197,16 @@ class Encoder:
             closed.append(_Answer(start, end, closing))
         return text, closed
 
-    def _process(self, text: str, images: Sequence[PilImage]) -> Mapping[str, Any]:
+    def _process(
+        self, text: str, images: Sequence[PilImage], max_pixels: int | None = None
+    ) -> Mapping[str, Any]:
         bos = self.tokenizer.bos_token
-        options = {} if not bos or not text.startswith(bos) else {"add_special_tokens": False}
+        options: dict[str, Any] = {}
+        if bos and text.startswith(bos):
+            options["add_special_tokens"] = False
+        if max_pixels is not None and images:
+            fewest = min(self.processor.image_processor.size["shortest_edge"], max_pixels)
+            options["images_kwargs"] = {"size": {"shortest_edge": fewest, "longest_edge": max_pixels}}
         try:
             return self.processor(
                 text=[text],
@@ -255,10 +270,15 @@ class Collator:
         """
         return collate([self.encode(row) for row in rows], self.pad_token_id)
 
+    def max_pixels(self, row: Row) -> int | None:
+        """A limit for this row's images below the processor's own, None for none."""
+        return None
+
     def encode(self, row: Row) -> Encoded:
         """One row, its images opened. Raises RowError naming the row."""
         try:
-            return self.encoder.encode(row.messages, [open_image(ref) for ref in row.images])
+            images = [open_image(ref) for ref in row.images]
+            return self.encoder.encode(row.messages, images, max_pixels=self.max_pixels(row))
         except RowError as error:
             where = f"row {row.row}" + (f" (line {row.line})" if row.line else "")
             detail = f"{where} of {row.source}, id {row.id or '-'}: {error.detail}"
@@ -328,53 +348,3 @@ def joined(values: list) -> Any:
         out[window] = value
         at += value.shape[0]
     return out
-
-
-def _content(message: Message) -> list[dict[str, str]]:
-    """The content parts of one turn; an answer is always one text."""
-    if message.role == "assistant":
-        return [{"type": "text", "text": message.text}]
-    return [
-        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
-        for part in message.content
-    ]
-
-
-def _text_of(turn: dict) -> str:
-    return turn["content"][0]["text"]
-
-
-def _with_markers(chat: list[dict], turns: list[int]) -> tuple[list[dict], list[str]]:
-    """The chat with each answer replaced by a marker that occurs nowhere else in it."""
-    content = "\0".join(part.get("text", "") for message in chat for part in message["content"])
-    stem = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
-    markers = [f"answer{order}of{stem}" for order in range(len(turns))]
-    marked = list(chat)
-    for turn, marker in zip(turns, markers, strict=True):
-        marked[turn] = {"role": "assistant", "content": [{"type": "text", "text": marker}]}
-    return marked, markers
-
-
-def _match_answers(text: str, frame: list[str], answers: list[str]) -> list[tuple[int, int]]:
-    """Start and end of each answer, given the text around them. Templates may trim answers, nothing else."""
-    spans, position = [], len(frame[0])
-    fits = text.startswith(frame[0])
-    for answer, following in zip(answers, frame[1:], strict=True):
-        trims = (str.strip, str.lstrip, str.rstrip, lambda s: s.strip("\n"), lambda s: s.lstrip("\n"))
-        forms = (answer, *(trim(answer) for trim in trims))
-        form = next((form for form in forms if text.startswith(form + following, position)), None)
-        if form is None:
-            fits = False
-            break
-        spans.append((position, position + len(form)))
-        position += len(form) + len(following)
-    if not fits or position != len(text):
-        detail = "the chat template writes an answer other than it is, so it cannot be located"
-        raise EncodingError(Reason.not_encodable, detail)
-    return spans
-
-
-def _shared_start(one: str, other: str) -> str:
-    """The longest text that both begin with."""
-    length = min(len(one), len(other))
-    return one[: next((i for i in range(length) if one[i] != other[i]), length)]

@@ -21,7 +21,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from vfl_train.data.rows import ImageRef, Reason, RowError, one_line
+from vfl_train.data.rows import ImageBytes, ImageRef, Reason, RowError, one_line
+from vfl_train.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000
@@ -51,21 +52,27 @@ class RejectedImage(RowError):
     """An image that cannot be used, with its reason code."""
 
 
-def resolve_image(value: object, image_root: str | os.PathLike) -> ImageRef:
-    """The image that a row names, as a file under `image_root`.
+def resolve_image(
+    value: object, image_root: str | os.PathLike, store: str | os.PathLike | None = None
+) -> ImageRef:
+    """The image that a row names, as a file under `image_root`; one inside the data file is left as it is.
 
-    Opens nothing. Links are followed, and must end under the root.
+    Opens nothing. Links are followed, and must end under the root, or in the folder `store` (the Hub's cache
+    keeps the files of a snapshot elsewhere).
 
     Raises:
         RejectedImage: not a relative path, outside the root, a URL, missing, or not a regular file.
     """
+    if isinstance(value, ImageRef):
+        return value
     if not isinstance(value, str):
         raise RejectedImage(Reason.wrong_type, "the image is not named by a string")
     label = one_line(value, 120)
     _refuse_path(value, label)
     root = os.path.realpath(image_root)
     real = os.path.realpath(os.path.join(root, value))
-    if not real.startswith(os.path.join(root, "")):
+    fences = [root] if store is None else [root, os.path.realpath(store)]
+    if not any(real.startswith(os.path.join(fence, "")) for fence in fences):
         raise RejectedImage(Reason.image_outside_root, f"{label} leads out of the image root")
     try:
         mode = os.stat(real).st_mode
@@ -89,6 +96,25 @@ def open_image(ref: ImageRef) -> Image.Image:
     with _opened(ref) as image:
         _decode(image, ref)
         return _upright(_rgb(image), image)
+
+
+def image_size(ref: ImageRef) -> tuple[int, int]:
+    """Width and height in pixels, upright, from the header only. Raises RejectedImage."""
+    with _opened(ref) as image:
+        width, height = image.size
+        try:
+            orientation = image.getexif().get(_ORIENTATION)
+        except Exception:  # as in _upright
+            orientation = None
+        return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def encoded_bytes(ref: ImageRef) -> bytes:
+    """The image as it is stored, to copy it. Raises RejectedImage if it cannot be read or is too large."""
+    with _stream(ref) as stream:
+        data = stream.read(MAX_BYTES + 1)
+    _check_head(data[:16], len(data), ref)
+    return data
 
 
 def verify_image(ref: ImageRef) -> None:
@@ -147,6 +173,8 @@ def _opened(ref: ImageRef) -> Iterator[Image.Image]:
 def _stream(ref: ImageRef) -> BinaryIO:
     if ref.data is not None:
         return BytesIO(ref.data)
+    if ref.member is not None:
+        return BytesIO(_read_member(ref.member, ref.label))
     if ref.path is None:
         raise RejectedImage(Reason.image_missing, f"{ref.label} has neither a path nor data")
     try:
@@ -161,6 +189,18 @@ def _stream(ref: ImageRef) -> BinaryIO:
         stream.close()
         raise RejectedImage(Reason.image_not_a_file, f"{ref.label} is not a regular file")
     return stream
+
+
+def _read_member(member: ImageBytes, label: str) -> bytes:
+    try:
+        return member.read()
+    except RejectedImage:
+        raise
+    except RowError as error:
+        raise RejectedImage(error.code, error.detail) from error
+    except (DataError, OSError, MemoryError) as error:
+        detail = f"{label} cannot be read from the data file ({type(error).__name__})"
+        raise RejectedImage(Reason.image_unreadable, detail) from error
 
 
 def _check_head(head: bytes, size: int, ref: ImageRef) -> None:

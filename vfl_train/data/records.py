@@ -13,24 +13,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from vfl_train.data.rows import Reason, RowError, one_line
 from vfl_train.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
 WINDOW = 4 * 1024**2  # bytes of an array decoded at a time; grows for a larger element
+MAX_ROW_BYTES = 64 * 1024**2  # of one line, or one JSON member of an archive
+_CHUNK = 65536
 _SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls whitespace
 
 
 @dataclass(slots=True)
 class Record:
     """One row as found in the file: `value` is decoded JSON, unless `problem` says why there is none.
-    `line` counts from 1 and is where the row starts."""
+    `line` counts from 1 and is where the row starts, None where the container has no lines; `raw` are the
+    row's exact bytes in the file, from byte `start` on (empty for containers that are no text)."""
 
-    line: int
+    line: int | None
     raw: bytes
     value: object = None
     problem: RowError | None = None
+    start: int = 0
 
 
 def detect_container(file: Path) -> str:
@@ -62,9 +67,11 @@ def read_lines(file: Path) -> Iterator[Record]:
     decoder = _Decoder()
     blank: list[Record] = []  # rows only once another row follows
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            record = _line_record(decoder, number, line.removesuffix(b"\n"))
+        start, number = _skip_mark(stream), 0
+        while line := stream.readline(MAX_ROW_BYTES):
+            number += 1
+            record = _line_record(decoder, number, line.removesuffix(b"\n"), start)
+            start += len(line) if line.endswith(b"\n") else _skip_rest(stream, len(line))
             if not line.strip():
                 blank.append(record)
                 continue
@@ -79,9 +86,10 @@ def read_array(file: Path) -> Iterator[Record]:
     Raises:
         DataError: where the array is broken, naming element, line, column and byte.
     """
-    scanner = _ArrayScanner(file)
-    while (record := scanner.next_record()) is not None:
-        yield record
+    with file.open("rb") as stream:
+        scanner = _ArrayScanner(file, stream)
+        while (record := scanner.next_record()) is not None:
+            yield record
 
 
 class _Decoder:
@@ -110,23 +118,31 @@ class _Decoder:
         except RecursionError as error:
             raise json.JSONDecodeError("Nested too deeply", text, start) from error
 
-    def record(self, line: int, raw: bytes, value: object) -> Record:
+    def record(self, line: int | None, raw: bytes, value: object, start: int) -> Record:
         """The record of the value decoded last."""
         if self.problem:
-            return Record(line, raw, problem=RowError(Reason.bad_json, self.problem))
+            return Record(line, raw, problem=RowError(Reason.bad_json, self.problem), start=start)
         try:
             raw.decode("utf-8")
         except UnicodeDecodeError as error:
             detail = f"byte {error.start} of the row is not UTF-8"
-            return Record(line, raw, problem=RowError(Reason.bad_utf8, detail))
-        return Record(line, raw, value)
+            return Record(line, raw, problem=RowError(Reason.bad_utf8, detail), start=start)
+        return Record(line, raw, value, start=start)
 
 
-def _line_record(decoder: _Decoder, number: int, raw: bytes) -> Record:
+def decode_record(line: int | None, raw: bytes, start: int = 0) -> Record:
+    """The record of one JSON value that is known by its bytes."""
+    return _line_record(_Decoder(), line, raw, start)
+
+
+def _line_record(decoder: _Decoder, number: int | None, raw: bytes, at: int) -> Record:
+    if len(raw) >= MAX_ROW_BYTES:
+        problem = RowError(Reason.text_too_long, f"the row has {MAX_ROW_BYTES} bytes or more")
+        return Record(number, raw, problem=problem, start=at)
     text = raw.decode("utf-8", "surrogateescape")
     start = _skip(text, 0)
     if start == len(text):
-        return Record(number, raw, problem=RowError(Reason.bad_json, "the line is blank"))
+        return Record(number, raw, problem=RowError(Reason.bad_json, "the line is blank"), start=at)
     try:
         value, end = decoder.decode(text, start)
         if _skip(text, end) != len(text):
@@ -136,7 +152,7 @@ def _line_record(decoder: _Decoder, number: int, raw: bytes) -> Record:
         value = None
     if not _is_utf8(text):  # more to the point than what it does to the JSON
         decoder.problem = ""
-    return decoder.record(number, raw, value)
+    return decoder.record(number, raw, value, at)
 
 
 class _ArrayScanner:
@@ -148,12 +164,19 @@ class _ArrayScanner:
     is still wrong with the end of the file in view is an error.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.data, self.decoder = file, file.read_bytes(), _Decoder()
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self.file, self.stream, self.decoder = file, stream, _Decoder()
+        self.total = os.fstat(stream.fileno()).st_size
         self.size, self.count = WINDOW, 0  # window in bytes, elements so far
-        self.byte, self.line = self.data.index(b"[") + 1, 1  # of `cursor`, which counts characters
-        self.line += self.data.count(b"\n", 0, self.byte)
+        self.byte, self.line = 0, 1  # of `cursor`, which counts characters
+        self.line_start = 0
         self._load()
+        while "[" not in self.text:  # nothing but whitespace
+            if self.at_end:
+                raise DataError(f"{file} is no JSON array", "repair it, or save it as JSONL")
+            self._advance(len(self.text))
+            self._load()
+        self._advance(self.text.index("[") + 1)
 
     def next_record(self) -> Record | None:
         """The next element, None after the last. Raises DataError."""
@@ -168,9 +191,10 @@ class _ArrayScanner:
             self._load()
 
     def _load(self) -> None:
-        stop = self.byte + self.size
-        self.text = self.data[self.byte : stop].decode("utf-8", "surrogateescape")
-        self.cursor, self.at_end = 0, stop >= len(self.data)
+        self.stream.seek(self.byte)
+        self.window, self.base = self.stream.read(self.size), self.byte
+        self.text = self.window.decode("utf-8", "surrogateescape")
+        self.cursor, self.at_end = 0, self.byte + self.size >= self.total
 
     def _read(self) -> Record | None:
         text, start = self.text, _skip(self.text, self.cursor)
@@ -190,20 +214,39 @@ class _ArrayScanner:
         first, line = self.byte, self.line
         self._advance(end)
         self.count += 1
-        return self.decoder.record(line, self.data[first : self.byte], value)
+        raw = self.window[first - self.base : self.byte - self.base]
+        return self.decoder.record(line, raw, value, first)
 
     def _advance(self, cursor: int) -> None:
         passed = self.text[self.cursor : cursor]
         self.byte += len(passed.encode("utf-8", "surrogateescape"))
-        self.line += passed.count("\n")
+        if (lines := passed.count("\n")) > 0:
+            self.line += lines
+            behind = passed[passed.rindex("\n") + 1 :]
+            self.line_start = self.byte - len(behind.encode("utf-8", "surrogateescape"))
         self.cursor = cursor
 
     def _broken(self, error: json.JSONDecodeError) -> DataError:
         self._advance(error.pos)
-        column = self.byte - self.data.rfind(b"\n", 0, self.byte)
+        column = self.byte - self.line_start + 1
         where = f"line {self.line}, column {column} (byte {self.byte})"
         message = f"{self.file}: the array breaks in element {self.count}, {where}: {one_line(error.msg)}"
         return DataError(message, "repair it, or save it as JSONL, where a broken row costs one row")
+
+
+def _skip_mark(stream: BinaryIO) -> int:
+    """Go behind the byte order mark, if there is one; returns where that is."""
+    length = len(BOM) if stream.read(len(BOM)) == BOM else 0
+    return stream.seek(length)
+
+
+def _skip_rest(stream: BinaryIO, passed: int) -> int:
+    """Go to the end of a line of which `passed` bytes were read; returns its length."""
+    while piece := stream.readline(_CHUNK):
+        passed += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return passed
 
 
 def _skip(text: str, start: int) -> int:
