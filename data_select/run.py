@@ -1,79 +1,120 @@
-"""`vfl-train select`: score a pool, sort it by function, write the best part of it in its own format."""
+"""`vfl-train select`: score a pool, sort it by function, write the best part of it in its own format.
+
+Scoring and ranking are two steps: the first writes shards (`shards`), in as many processes as torchrun
+started; the second works on columns of numbers, in the first process alone, and is all that --from-scores
+does.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from vfl_train.data.images import open_image
-from vfl_train.data.readers import Dataset, read_dataset, write_quarantine, write_selected
-from vfl_train.data.rows import Reason, Rejected, Row
-from vfl_train.data_select import choose
-from vfl_train.data_select.scoring import Scorer, Scores
+from vfl_train.data.pool import Pool, open_pool
+from vfl_train.data.readers import write_quarantine
+from vfl_train.data.rows import Reason, Rejected
+from vfl_train.data_select import flags
+from vfl_train.data_select.estimate import WORTH_IT, estimate
+from vfl_train.data_select.rank import Selection, rank, with_duplicates
+from vfl_train.data_select.report import bucket_rows, first_image, first_turn, report
+from vfl_train.data_select.scoring import Scorer
+from vfl_train.data_select.shards import (
+    Scored,
+    base_key,
+    code_digest,
+    processor_digest,
+    read_shards,
+    score_shards,
+)
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.hub.load import profile_file
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.options import budget_rows, parse_weights
-from vfl_train.report.pages import page, percent, tiles
-from vfl_train.runs import RunFolder, file_sha256, fingerprint
-from vfl_train.schemas import LANGUAGE, Profile, read_json, score_columns
+from vfl_train.runs import SHARDS, RunFolder, file_sha256, fingerprint
+from vfl_train.schemas import Profile, read_json, score_columns
+from vfl_train.training.distributed import device_of, exchange, open_run, session, world
+from vfl_train.training.launch import relaunch
 
 if TYPE_CHECKING:
     from vfl_train.config import SelectConfig
 
-SHOWN = 12  # rows of a kind in the report
+__all__ = ["bucket_rows", "first_image", "first_turn", "function_layers", "select"]
+
+PATIENCE = 30 * 24 * 3600  # seconds that a process which has scored its rows waits for the others
+PACKAGES = ("torch", "transformers")
+_UNREADABLE = (Reason.placeholder_in_text, Reason.not_encodable)  # only this model's processor objects
+log = logging.getLogger(__name__)
 
 
 def select(config: SelectConfig) -> dict[str, Any]:
-    """Run the selection of `config`; returns what selection.json holds. Raises ConfigError, DataError."""
+    """Run the selection of `config`; returns what selection.json holds (nothing in processes that torchrun
+    started beside the first, and where the work was done before).
+
+    Raises:
+        ConfigError, DataError, NumericError, DiskError; DistributedError if a process is lost.
+    """
+    if config.from_scores is None and not config.dry_run and relaunch(config):
+        return dict(read_json(config.output / "selection.json"))
+    with session(config.device, PATIENCE):
+        return _select(config)
+
+
+def _select(config: SelectConfig) -> dict[str, Any]:
     source = profile_file(config.profile)
     profile = Profile.load(source)
     layers = function_layers(profile, config)
-    wanted = list(config.functions) or list(layers)
-    dataset = read_dataset(config.data, config.image_root, limit=config.limit)
-    if not dataset.rows:
-        raise DataError(f"{config.data} holds no usable row", "`vfl-train data check` says why")
-    if config.dry_run:
-        n = len(dataset.rows)
-        print(f"{n} rows, {len(layers) + 2} forwards each; budget {budget_rows(config.budget, n)} rows")
-        return {}
-    inputs = {"profile": file_sha256(source), "data": dataset.sha256}
-    vlm = None
+    pool = open_pool(config.data, config.image_root)
+    rows = len(pool) if config.limit is None else min(len(pool), config.limit)
+    inputs, scorer, base = {"profile": file_sha256(source), "data": pool.sha256}, None, ""
     if config.from_scores is None:
         vlm = _load_model(config, profile)
-        inputs["model"] = model_digest(vlm)
+        scorer = Scorer(vlm, layers, config.ablation, batch_tokens=config.batch_tokens)
+        inputs |= _scoring_inputs(scorer)
+        versions = {name: metadata.version(name) for name in PACKAGES}
+        base = base_key({**inputs, "data": "", "layers": layers, "ablation": config.ablation, **versions})
+        _say_cost(config, pool, rows, scorer)
     else:
         inputs["from_scores"] = file_sha256(_scores_file(config.from_scores))
-    with RunFolder.open(
-        config.output, fingerprint("select", config, inputs, ("torch", "transformers")), config.overwrite
-    ) as run:
+    if config.dry_run:
+        return {}
+    with open_run(config.output, fingerprint("select", config, inputs, PACKAGES), config.overwrite) as run:
         if run.already_done:
-            print(f"already done: {run.folder}")
+            _print(f"already done: {run.folder}")
             return {}
-        scored, rejected = _scores(config, vlm, layers, dataset)
-        result = choose_rows(config, scored, wanted, list(layers))
-        record = _record(config, dataset, layers, scored, rejected, result)
-        with run.replacing("scores.parquet") as path:
-            pq.write_table(score_table(scored, result, list(layers)), path)
-        selected = "selected" + Path(config.data).suffix
-        with run.replacing(selected) as path:
-            write_selected(dataset, [scored[i].row for i in result["chosen"]], path)
-        with run.replacing("quarantine.jsonl") as path:
-            write_quarantine(rejected, path)
-        record["selected"] = selected
-        run.write_json("selection.json", record)
-        run.write_text("report.html", report(config, scored, result, record, rejected))
-    _say(record)
-    return record
+        if scorer is not None:
+            folder, here = config.output / SHARDS, world()
+            score_shards(pool, rows, scorer, list(layers), folder, base, here.rank, here.size)
+            exchange(None, "the scores")
+        if not world().is_main:
+            return {}
+        if scorer is not None:
+            scored = with_duplicates(read_shards(config.output / SHARDS, rows, list(layers)))
+            model = config.model
+        else:
+            scored, model = _read_scores(config, layers, pool, rows)
+        return _finish(config, run, _Facts(pool, rows, layers, model), scored)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is selected from: the first `rows` rows of `pool`, by these functions' layers, as `model` scored
+    them."""
+
+    pool: Pool
+    rows: int
+    layers: dict[str, list[int]]
+    model: str
 
 
 def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[int]]:
@@ -92,31 +133,38 @@ def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[in
     return layers
 
 
+# --- scores ----------------------------------------------------------------------------------------
+
+
 def _load_model(config: SelectConfig, profile: Profile) -> VisionLanguageModel:
     """The model of `config`. Raises ConfigError if `profile` is of a model of another kind."""
     vlm = VisionLanguageModel.load(
-        config.model, config.revision, config.dtype, config.device, config.load_in_4bit, config.max_pixels
-    )
+        config.model, config.revision, config.dtype, device_of(config.device), config.load_in_4bit,
+        config.max_pixels, load_in_8bit=config.load_in_8bit,
+    )  # fmt: skip
     for warning in profile.check_model(vlm.info):
-        Console(stderr=True).print(f"warning: {warning}", markup=False)
+        if world().is_main:
+            Console(stderr=True).print(f"warning: {warning}", markup=False)
     return vlm
 
 
-def _scores(
-    config: SelectConfig, vlm: VisionLanguageModel | None, layers: dict[str, list[int]], dataset: Dataset
-) -> tuple[list[Scores], list[Rejected]]:
-    """Scores of the rows that can be scored and everything that was quarantined, both in input order."""
-    if config.from_scores is not None:
-        scored, rejected = _read_scores(config.from_scores, config.ablation, layers, dataset)
-    else:
-        assert vlm is not None
-        scorer = Scorer(vlm, layers, config.ablation, batch_tokens=config.batch_tokens)
-        scored, rejected = scorer.score(dataset.rows), scorer.rejected
-        for reason, count in scorer.cost.reasons.items():
-            print(f"{count} of {scorer.cost.rows} forwards ran on the reference path: {reason}")
-    if not scored:
-        raise DataError("no row of the pool can be encoded by this model", "see `vfl-train data preview`")
-    return scored, sorted([*dataset.rejected, *rejected], key=lambda r: r.row)
+def _scoring_inputs(scorer: Scorer) -> dict[str, str]:
+    """What scores depend on beside the rows: name -> digest."""
+    vlm = scorer.vlm
+    return {
+        "model": model_digest(vlm), "processor": processor_digest(vlm.processor), "code": code_digest(),
+        "dtype": vlm.dtype,
+    }  # fmt: skip
+
+
+def _say_cost(config: SelectConfig, pool: Pool, rows: int, scorer: Scorer) -> None:
+    """The estimate, where it is asked for or the run is long."""
+    if not world().is_main or not (config.dry_run or rows >= WORTH_IT):
+        return
+    found = estimate(pool, rows, scorer, config.num_processes or world().size)
+    print(found.line() if found else f"{rows} rows; none of those looked at can be scored")
+    if config.dry_run:
+        print(f"budget {min(budget_rows(config.budget, rows), rows)} rows of at most {rows}")
 
 
 def _scores_file(folder: Path) -> Path:
@@ -127,172 +175,110 @@ def _scores_file(folder: Path) -> Path:
 
 
 def _read_scores(
-    folder: Path, ablation: str, layers: dict[str, list[int]], dataset: Dataset
-) -> tuple[list[Scores], list[Rejected]]:
-    """Scores of an earlier run over the same data, and the rows which that run could not score. Raises
-    ConfigError if it was of other rows, other layers or another ablation."""
-    earlier, fix = read_json(folder / "selection.json"), "score this data with this profile again"
-    for key, wanted in (("layers", layers), ("ablation", ablation)):
-        if earlier.get(key) != wanted:
-            raise ConfigError(f"{folder} was scored with {key} {earlier.get(key)}, not {wanted}", fix)
+    config: SelectConfig, layers: dict[str, list[int]], pool: Pool, rows: int
+) -> tuple[Scored, str]:
+    """Scores of an earlier run over the same data, with the rows which that run could not score, and the name
+    of its model. Raises ConfigError if it was of other rows, other layers or another ablation."""
+    folder = config.from_scores
+    assert folder is not None
+    earlier, again = read_json(folder / "selection.json"), "score this data with this profile again"
+    data, ablation = earlier.get("data", {}), earlier.get("ablation")
+    compared = (
+        ("the layers", earlier.get("layers"), layers, again),
+        ("ablation", ablation, config.ablation, f"give --ablation {ablation}"),
+        ("data of sha256", data.get("sha256"), pool.sha256, "give the --data of that run"),
+        ("the first rows", data.get("rows_read"), rows, "give the --limit of that run"),
+    )
+    for what, theirs, wanted, fix in compared:
+        if theirs != wanted:
+            raise ConfigError(f"{folder} was scored with {what} {theirs}, not {wanted}", fix)
     try:
-        table = pq.read_table(_scores_file(folder)).to_pylist()
-    except pa.ArrowInvalid as e:
-        raise ConfigError(f"{folder}/scores.parquet cannot be read: {e}", fix) from e
-    rows = {row.uid: row for row in dataset.rows}
-    if any(t["uid"] not in rows for t in table):
-        raise ConfigError(f"{folder}/scores.parquet has rows that the data does not have", fix)
-    lines = (folder / "quarantine.jsonl").read_text(encoding="ascii").splitlines()
-    refused = {entry["row"]: entry for entry in map(json.loads, lines)}
-    rejected = []
-    for uid in rows.keys() - {t["uid"] for t in table}:
-        row, entry = rows[uid], refused.get(rows[uid].row)
-        if entry is None:
-            raise ConfigError(f"{folder}/scores.parquet has no score of row {row.row}", fix)
-        rejected.append(Rejected(row.row, row.id, Reason(entry["code"]), entry["detail"], row.line))
-    scored = [
-        Scores(
-            rows[t["uid"]], t["n_answer_tokens"], t["loss_full"], {f: t[f"loss_{f}"] for f in layers},
-            {f: t[f"delta_{f}"] for f in layers}, t["visual_gain"], tuple(t["flags"]),
-        )
-        for t in table
-    ]  # fmt: skip
-    return scored, rejected
+        table = pq.read_table(_scores_file(folder))
+        rejected = [_rejected(line) for line in (folder / "quarantine.jsonl").open(encoding="ascii")]
+    except (pa.ArrowInvalid, OSError, KeyError, ValueError) as e:
+        raise ConfigError(f"the scores in {folder} cannot be read: {e}", again) from e
+    if table.column_names != score_columns(tuple(layers)) or len(table) + len(rejected) != rows:
+        raise ConfigError(f"{folder}/scores.parquet is not whole", again)
+    path = earlier.get("forwards", {})
+    scored = Scored(table, rejected, path.get("all", 0), Counter(path.get("on_reference_path", {})))
+    return scored, str(earlier.get("model"))
 
 
-def choose_rows(
-    config: SelectConfig, scored: Sequence[Scores], wanted: list[str], functions: list[str]
-) -> dict[str, Any]:
-    """Bucket and score of every row and the positions of the chosen ones."""
-    deltas = {f: [s.deltas[f] for s in scored] for f in functions}
-    gain = [s.visual_gain for s in scored]
-    loss = [s.loss_full for s in scored]
-    bucket = choose.buckets(deltas)
-    mix = parse_weights(config.mix, "--mix") if config.mix else None
-    budget = min(budget_rows(config.budget, len(scored)), len(scored))
-    picks: dict[str, list[int]] = {}
-    ranked: dict[str, np.ndarray] = {}
-    for method in ("vfl", "random", "loss", "visual-gain"):
-        ranked[method] = choose.scores(method, bucket, deltas, loss, gain, config.seed)
-        if method == "vfl":
-            picks[method] = choose.pick(budget, bucket, ranked[method], wanted, mix, config.fill)
-        else:  # the baselines know no buckets
-            picks[method] = choose.pick(budget, ["all"] * len(scored), ranked[method], ["all"])
-    chosen = picks[config.method]
-    overlaps = {m: choose.overlap(chosen, p) for m, p in picks.items() if m != config.method}
-    return {
-        "bucket": bucket, "score": ranked[config.method], "chosen": chosen, "budget": budget,
-        "overlap": overlaps,
-    }  # fmt: skip
+def _rejected(line: str) -> Rejected:
+    entry = json.loads(line)
+    return Rejected(entry["row"], entry["id"], Reason(entry["code"]), entry["detail"], entry["line"])
 
 
-def score_table(scored: Sequence[Scores], result: dict[str, Any], functions: list[str]) -> pa.Table:
-    """scores.parquet by contract."""
-    chosen = set(result["chosen"])
-    columns: dict[str, Any] = {
-        "uid": [s.row.uid for s in scored],
-        "row": pa.array([s.row.row for s in scored], pa.int64()),
-        "source": [s.row.source for s in scored],
-        "n_answer_tokens": pa.array([s.n_answer_tokens for s in scored], pa.int32()),
-        "loss_full": [s.loss_full for s in scored],
-        "visual_gain": [s.visual_gain for s in scored],
-        "bucket": result["bucket"],
-        "score": pa.array([float(x) for x in result["score"]], pa.float64()),
-        "flags": pa.array([list(s.flags) for s in scored], pa.list_(pa.string())),
-        "selected": [i in chosen for i in range(len(scored))],
-    }
-    for f in functions:
-        columns[f"loss_{f}"] = [s.losses[f] for s in scored]
-        columns[f"delta_{f}"] = [s.deltas[f] for s in scored]
-    return pa.table({name: columns[name] for name in score_columns(tuple(functions))})
+# --- what is written -------------------------------------------------------------------------------
+
+
+def _finish(config: SelectConfig, run: RunFolder, of: _Facts, scored: Scored) -> dict[str, Any]:
+    """Rank, write everything, say it. Raises DataError if there is nothing to pick from."""
+    if not len(scored.table):
+        if any(r.code in _UNREADABLE for r in scored.rejected):
+            raise DataError("no row of the pool can be encoded by this model", "see `vfl-train data preview`")
+        raise DataError(f"{config.data} holds no usable row", "`vfl-train data check` says why")
+    mix = parse_weights(config.mix, "--mix") if config.mix else {}
+    wanted = list(config.functions or mix or of.layers)
+    selection = rank(config, scored, wanted, list(of.layers))
+    record = _record(config, of, wanted, scored, selection)
+    numbers = selection.column("row")[selection.chosen].tolist()
+    with run.replacing("scores.parquet") as path:
+        pq.write_table(selection.table, path)
+    selected = run.path(record["selected"])
+    of.pool.write(numbers, selected)
+    with run.replacing("quarantine.jsonl") as path:
+        write_quarantine(scored.rejected, path)
+    if config.emit is not None:
+        record["emitted"] = _emit(config.emit, run, of.pool, selection, numbers, record["selected"])
+    run.write_json("selection.json", record)
+    run.write_text("report.html", report(config, of.pool, selection, record, scored.rejected))
+    _say(record)
+    return record
+
+
+def _emit(
+    kind: str, run: RunFolder, pool: Pool, selection: Selection, numbers: list[int], selected: str
+) -> list[str]:
+    """Side files for another trainer; returns their names."""
+    from vfl_train.data_select.emit import emit, hint
+
+    bucket = dict(zip(numbers, selection.column("bucket")[selection.chosen].tolist(), strict=True))
+    written = emit(kind, pool, numbers, bucket, run.folder, selected)
+    print(hint(kind, pool, run.folder))
+    return sorted(path.relative_to(run.folder).as_posix() for path in written)
 
 
 def _record(
-    config: SelectConfig,
-    dataset: Dataset,
-    layers: dict[str, list[int]],
-    scored: Sequence[Scores],
-    rejected: Sequence[Rejected],
-    result: dict[str, Any],
+    config: SelectConfig, of: _Facts, wanted: list[str], scored: Scored, selection: Selection
 ) -> dict[str, Any]:
     """selection.json: what was asked, what came out, and what is needed to repeat it."""
-    picked = Counter(result["bucket"][i] for i in result["chosen"])
+    table = selection.table
+    picked = _counts(table.take(selection.chosen)["bucket"])
     return {
         "schema_version": 1,
-        "model": config.model, "method": config.method, "ablation": config.ablation,
+        "model": of.model, "method": config.method, "ablation": config.ablation,
         "reference": "previous level" if config.ablation == "nested" else "full model",
-        "functions": list(config.functions) or list(layers), "layers": layers,
+        "functions": wanted, "layers": of.layers,
         "layer_rule": config.layer_rule,
-        "data": {"format": dataset.format, "sha256": dataset.sha256, "rows_read": dataset.n_read},
-        "rows_kept": len(scored), "rows_quarantined": len(rejected),
-        "quarantine": dict(sorted(Counter(str(r.code) for r in rejected).items())),
-        "budget": {"asked": config.budget, "rows": result["budget"], "filled": config.fill},
-        "rows_selected": len(result["chosen"]),
+        "data": {"format": of.pool.format, "sha256": of.pool.sha256, "rows_read": of.rows},
+        "rows_kept": len(table), "rows_quarantined": len(scored.rejected),
+        "quarantine": dict(sorted(Counter(str(r.code) for r in scored.rejected).items())),
+        "forwards": {"all": scored.forwards, "on_reference_path": dict(sorted(scored.reference.items()))},
+        "budget": {"asked": config.budget, "rows": selection.budget, "filled": config.fill},
+        "mix": config.mix, "cap_per_source": config.cap_per_source,
+        "rows_selected": len(selection.chosen),
         "buckets": {
-            name: {"rows": n, "selected": picked.get(name, 0)}
-            for name, n in sorted(Counter(result["bucket"]).items())
+            name: {"rows": n, "selected": picked.get(name, 0)} for name, n in _counts(table["bucket"]).items()
         },
-        "overlap": result["overlap"], "seed": config.seed,
+        "flags": flags.counts(table["flags"]),
+        "overlap": selection.overlap, "seed": config.seed, "selected": f"selected{of.pool.extension}",
     }  # fmt: skip
 
 
-def bucket_rows(record: dict[str, Any]) -> list[dict[str, str]]:
-    """The bucket table of a report."""
-    kept, taken = record["rows_kept"], max(1, record["rows_selected"])
-    return [
-        {"name": name, "rows": str(b["rows"]), "share": percent(b["rows"] / kept),
-         "picked": str(b["selected"]), "picked_share": percent(b["selected"] / taken)}
-        for name, b in record["buckets"].items()
-    ]  # fmt: skip
-
-
-def examples(scored: Sequence[Scores], result: dict[str, Any], best: bool) -> list[dict[str, str]]:
-    """Thumbnails of picked rows (best first) or of an even sample of those left out."""
-    chosen = set(result["chosen"])
-    if best:
-        order = sorted(chosen, key=lambda i: (-result["score"][i], i))[:SHOWN]
-    else:
-        out = [i for i in range(len(scored)) if i not in chosen]
-        order = out[:: max(1, len(out) // SHOWN)][:SHOWN]
-    shown = []
-    for i in order:
-        s, bucket = scored[i], result["bucket"][i]
-        value = "" if bucket == LANGUAGE else f", {s.deltas[bucket]:+.2f} nats"
-        shown.append((first_image(s.row), *first_turn(s.row), f"{bucket}{value}"))
-    return tiles(shown)
-
-
-def first_image(row: Row) -> Any:
-    """The first picture of a row, None for a text-only one."""
-    return open_image(row.images[0]) if row.images else None
-
-
-def first_turn(row: Row) -> tuple[str, str]:
-    """Question and answer that stand for a row in a report."""
-    question = next((m.text for m in row.messages if m.role == "user"), "")
-    answer = next((m.text for m in row.messages if m.role == "assistant"), "")
-    return question.strip(), answer.strip()
-
-
-def report(
-    config: SelectConfig,
-    scored: Sequence[Scores],
-    result: dict[str, Any],
-    record: dict[str, Any],
-    rejected: Sequence[Rejected],
-) -> str:
-    """report.html of a selection."""
-    facts = [
-        (str(record["rows_selected"]), f"rows picked of {record['rows_kept']}"),
-        (config.method, f"method, ablation {config.ablation}"),
-        *((percent(share), f"overlap with {name}") for name, share in record["overlap"].items()),
-    ]
-    lead = f"Rows that train {', '.join(record['functions'])}, scored by {config.model}."
-    return page(
-        "select.html", "VFL-Select", lead, facts=facts, buckets=bucket_rows(record),
-        picked=examples(scored, result, best=True), rejected=examples(scored, result, best=False),
-        quarantine=sorted(Counter(str(r.code) for r in rejected).items()),
-    )  # fmt: skip
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    """Rows of each text, by name."""
+    return dict(sorted((e["values"], e["counts"]) for e in pc.value_counts(column).to_pylist()))
 
 
 def _say(record: dict[str, Any]) -> None:
@@ -302,5 +288,23 @@ def _say(record: dict[str, Any]) -> None:
         f"{taken} rows picked of {kept}: "
         + ", ".join(f"{n} {b['selected']}" for n, b in record["buckets"].items())
     )
+    forwards = record["forwards"]
+    for reason, count in forwards["on_reference_path"].items():
+        print(f"{count} of {forwards['all']} forwards ran on the reference path: {reason}")
     if taken < budget:
-        print(f"the wanted buckets hold only {taken} of the {budget} rows of the budget; --fill completes it")
+        print(_fewer(record))
+
+
+def _fewer(record: dict[str, Any]) -> str:
+    """Why fewer rows were picked than the budget allows."""
+    taken = f"only {record['rows_selected']} of the {record['budget']['rows']} rows of the budget"
+    if record["method"] == "vfl" and not record["budget"]["filled"]:
+        held = "the shares of --mix take" if record["mix"] else "the wanted buckets hold"
+        return f"{held} {taken}; --fill completes it"
+    capped = " and --cap-per-source" if record["cap_per_source"] else ""
+    return f"near-duplicates{capped} leave {taken}"
+
+
+def _print(text: str) -> None:
+    if world().is_main:
+        print(text)

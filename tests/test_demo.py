@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from pools import WRITERS, pool_rows
 
 from vfl_train import demo as demo_module
 from vfl_train.demo import demo_steps, headline, make_world, report
@@ -76,16 +77,19 @@ def test_headline_and_report_hold_the_measured_figures(small):
     assert Path(folder / "lora" / "plan.json").is_file()
 
 
-def test_a_recipe_links_its_steps(tmp_path, monkeypatch):
-    """What a recipe leaves out follows from the step before."""
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("json", ".json"), ("jsonl", ".jsonl"), ("parquet", ".parquet"), ("tar", ".tar"), ("arrow", "")],
+)
+def test_a_recipe_links_its_steps(tmp_path, monkeypatch, kind, ending):
+    """What a recipe leaves out follows from the step before: select writes in the format of its input."""
     from vfl_train import pipeline
     from vfl_train.config import RunConfig
 
+    (tmp_path / "pool").mkdir()
+    data = WRITERS[kind](tmp_path / "pool", pool_rows(4))
     recipe = tmp_path / "vfl-train.yaml"
-    recipe.write_text(
-        f"project: {tmp_path}/out\ndata: {tmp_path}/pool/train.json\n"
-        "functions: [ocr]\nlora: {max_steps: 7}\n"
-    )
+    recipe.write_text(f"project: {tmp_path}/out\ndata: {data}\nfunctions: [ocr]\nlora: {{max_steps: 7}}\n")
     seen = []
     monkeypatch.setattr(pipeline, "run_steps", seen.append)
     pipeline.run_recipe(RunConfig(recipe=str(recipe)))
@@ -94,8 +98,8 @@ def test_a_recipe_links_its_steps(tmp_path, monkeypatch):
     assert steps.profile.functions == () == steps.eval.functions  # all of them: buckets and forgetting
     assert steps.select.functions == steps.lora.functions == ("ocr",)
     assert Path(steps.select.profile) == project / "profile" / "profile.json"
-    assert Path(steps.lora.data) == project / "select" / "selected.json"
-    assert steps.lora.image_root == tmp_path / "pool"
+    assert Path(steps.lora.data) == project / "select" / f"selected{ending}"
+    assert steps.lora.image_root == (data if data.is_dir() else tmp_path / "pool")
     assert steps.lora.max_steps == 7
     assert Path(steps.eval.adapter) == project / "lora"
     assert steps.merge.adapters == (str(project / "lora"),)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vfl_train.config import EvalConfig, LoraConfig, MergeConfig, ProfileConfig, SelectConfig
 from vfl_train.errors import ConfigError
-from vfl_train.pipeline import Outcome, Steps, run_recipe, run_steps, selected_file
+from vfl_train.pipeline import Outcome, Steps, run_recipe, run_steps, selected_data
 from vfl_train.runs import MARKER, RunFolder
 from vfl_train.schemas import BUILTIN_FUNCTIONS, read_json
 
@@ -96,7 +96,7 @@ def demo_steps(folder: Path, world: Path, seed: int, overwrite: bool) -> Steps:
         ),
         select,
         LoraConfig(
-            profile=str(profile / "profile.json"), functions=("ocr",), data=str(selected_file(select)),
+            profile=str(profile / "profile.json"), functions=("ocr",), data=str(selected_data(select)[0]),
             image_root=world, output=lora, learning_rate=1e-3, max_steps=300, per_device_train_batch_size=16,
             gradient_accumulation_steps=1, **shared,
         ),
@@ -114,7 +114,7 @@ def headline(outcome: Outcome, truth: dict[str, str]) -> dict[str, Any]:
     from vfl_train.phantom.architecture import PLANTED
 
     found = {name: f.flip_block for name, f in outcome.profile.functions.items()}
-    rows = json.loads(selected_file(outcome.steps.select).read_text(encoding="utf-8"))
+    rows = json.loads(selected_data(outcome.steps.select)[0].read_text(encoding="utf-8"))
     picked, pool = Counter(truth[row["id"]] for row in rows), Counter(truth.values())
     ocr = ("ocr", "ocr_handwritten")
     scores = outcome.scorecard["functions"]

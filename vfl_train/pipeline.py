@@ -97,8 +97,8 @@ def run_recipe(config: RunConfig) -> Outcome:
     select = recipe.config(SelectConfig)
     lora_flags: dict[str, Any] = {}
     if "data" not in recipe.sections.get("lora", {}):
-        root = select.image_root or Path(select.data).parent
-        lora_flags = {"data": str(selected_file(select)), "image_root": root}
+        data, root = selected_data(select)
+        lora_flags = {"data": str(data), "image_root": root}
     lora = recipe.config(LoraConfig, lora_flags)
     eval_flags = {} if "adapter" in recipe.sections.get("eval", {}) else {"adapter": str(lora.output)}
     merge_flags = {} if "adapters" in recipe.sections.get("merge", {}) else {"adapters": (str(lora.output),)}
@@ -110,6 +110,11 @@ def run_recipe(config: RunConfig) -> Outcome:
     )  # fmt: skip
 
 
-def selected_file(config: SelectConfig) -> Path:
-    """Where select writes the picked rows."""
-    return Path(config.output) / f"selected{Path(config.data).suffix}"
+def selected_data(config: SelectConfig) -> tuple[Path, Path]:
+    """Where select writes the picked rows, in the format they come in, and the folder that image paths in
+    them are relative to: that of the input. Raises what opening --data raises."""
+    from vfl_train.data.containers import open_container
+
+    found, container = open_container(config.data)
+    root = config.image_root or (found if found.is_dir() else found.parent)
+    return Path(config.output) / f"selected{container.extension}", root

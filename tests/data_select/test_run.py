@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from vfl_train.cli import main
+from vfl_train.cli import main, worker
 from vfl_train.config import SelectConfig
 from vfl_train.data_select import run as select_run
 from vfl_train.data_select.run import select
@@ -19,6 +21,7 @@ from vfl_train.phantom import world
 from vfl_train.phantom.architecture import LAYERS, PLANTED, WIDTH
 from vfl_train.phantom.datasets import write_pool
 from vfl_train.schemas import LANGUAGE, FunctionProfile, ModelInfo, Profile, score_columns
+from vfl_train.training import launch
 
 FILES = {"scores.parquet", "selection.json", "quarantine.jsonl", "report.html"}
 KINDS = ("ocr", "count", "emotion")
@@ -130,7 +133,9 @@ def test_ocr_rows_are_picked_for_ocr(selected, pool):
 def test_scores_are_reused_without_a_model(selected, monkeypatch, tmp_path):
     config, record = selected
     monkeypatch.setattr(select_run, "VisionLanguageModel", None)
-    again = SelectConfig(**{**vars(config), "from_scores": config.output, "output": tmp_path / "again"})
+    # The model is not needed, and what is said of it is what scored the rows.
+    other = {"model": "not/loaded", "from_scores": config.output, "output": tmp_path / "again"}
+    again = SelectConfig(**{**vars(config), **other})
     second = select(again)
     assert {k: v for k, v in second.items()} == record
     for name in ("selected.json", "quarantine.jsonl", "report.html"):
@@ -153,10 +158,10 @@ def test_scores_are_reused_without_a_model(selected, monkeypatch, tmp_path):
     ("changes", "word"),
     [
         ({"ablation": "nested"}, "scored with ablation block"),
-        ({"limit": 9}, "rows that the data does not have"),
+        ({"limit": 9}, "the first rows 40, not 9"),
         ({"from_scores": Path("/not/there")}, "holds no scores.parquet"),
-        ({"layer_rule": "paper", "profile": "other"}, "scored with layers"),
-        ({"data": "longer"}, "no score of row 40"),
+        ({"layer_rule": "paper", "profile": "other"}, "scored with the layers"),
+        ({"data": "longer"}, "data of sha256"),
     ],
 )
 def test_scores_of_something_else_are_refused(selected, pool, changes, word, tmp_path):
@@ -258,3 +263,129 @@ def test_a_second_run_is_already_done(selected, capsys):
     select(config)
     assert "already done" in capsys.readouterr().out
     assert (config.output / "manifest.json").read_bytes() == before
+
+
+# --- caps, copies, doubts, other trainers -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoilt(profile, tmp_path_factory):
+    """(config, row ids by what is wrong) of a run over 60 rows: wrong labels, a copy, a re-encoded copy."""
+    folder = tmp_path_factory.mktemp("spoilt")
+    path = write_pool(folder, 60, 4, {"ocr": 0.5, "emotion": 0.5})
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    kinds = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    moods = [row for row in rows if kinds[row["id"]] == "emotion"]
+    for row in moods[:3]:
+        said = row["conversations"][1]
+        said["value"] = next(mood for mood in world.MOODS if mood != said["value"])
+    copy, scaled = dict(moods[5], id="copy"), dict(moods[6], id="scaled", image="images/scaled.png")
+    Image.open(folder / moods[6]["image"]).resize((128, 128)).save(folder / "images" / "scaled.png")
+    rows += [copy, scaled]
+    for i, row in enumerate(rows):
+        row["source"] = "ab"[i % 2]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    config = SelectConfig(
+        profile=str(profile), data=str(path), output=folder / "out", budget="20", device="cpu",
+        functions=("ocr", "emotion"), cap_per_source="0.5", emit="swift",
+    )  # fmt: skip
+    record = select(config)
+    places = {row["id"]: i for i, row in enumerate(rows)}
+    return config, record, {"wrong": [places[r["id"]] for r in moods[:3]], "copies": [60, 61],
+                            "of": [places[moods[5]["id"]], places[moods[6]["id"]]]}  # fmt: skip
+
+
+def test_copies_are_flagged_and_one_of_each_stays(spoilt):
+    config, record, rows = spoilt
+    flags = dict(zip(table(config)["row"], table(config)["flags"], strict=True))
+    for copy, of in zip(rows["copies"], rows["of"], strict=True):
+        assert flags[copy] == [f"near_duplicate:{of}"] and flags[of] == []
+    assert record["flags"]["near_duplicate"] == 2
+    chosen = {r for r, s in zip(table(config)["row"], table(config)["selected"], strict=True) if s}
+    assert not chosen & set(rows["copies"])
+
+
+def test_wrong_labels_are_doubted_and_not_picked(spoilt):
+    config, record, rows = spoilt
+    doubted = {
+        r
+        for r, f in zip(table(config)["row"], table(config)["flags"], strict=True)
+        if "suspicious_label" in f
+    }
+    assert doubted >= set(rows["wrong"]) and len(doubted) == record["flags"]["suspicious_label"] <= 5
+    chosen = {r for r, s in zip(table(config)["row"], table(config)["selected"], strict=True) if s}
+    assert not chosen & doubted
+    assert "Labels in doubt" in (config.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_source_gives_no_more_than_its_share_of_the_budget(spoilt, tmp_path):
+    config, record, _ = spoilt
+    columns = table(config)
+    picked = [s for s, taken in zip(columns["source"], columns["selected"], strict=True) if taken]
+    assert record["rows_selected"] == 20 and picked.count("a") == picked.count("b") == 10
+    few = {**vars(config), "from_scores": config.output, "emit": None}
+    capped = select(SelectConfig(**{**few, "cap_per_source": "3", "output": tmp_path / "3"}))
+    assert capped["rows_selected"] == 6
+    freely = select(SelectConfig(**{**few, "cap_per_source": None, "output": tmp_path / "free"}))
+    assert freely["rows_selected"] == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget": "50", "functions": ("emotion",)}, "the wanted buckets hold only"),
+        ({"budget": "50", "mix": "ocr=0.1"}, "the shares of --mix take only 5 of the 50"),
+        ({"budget": "62", "fill": True}, "near-duplicates leave only 60 of the 62"),
+        ({"budget": "62", "method": "loss"}, "near-duplicates leave only 60 of the 62"),
+        ({"cap_per_source": "3", "method": "loss"}, "near-duplicates and --cap-per-source leave only 6"),
+    ],
+)
+def test_fewer_rows_than_the_budget_are_explained(spoilt, tmp_path, capsys, changes, said):
+    config, *_ = spoilt
+    settings = {**vars(config), "emit": None, "cap_per_source": None, "from_scores": config.output}
+    select(SelectConfig(**{**settings, "output": tmp_path / "out", **changes}))
+    assert said in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_flags_survive_ranking_from_scores(spoilt, tmp_path):
+    config, record, _ = spoilt
+    settings = {
+        **vars(config),
+        "from_scores": config.output,
+        "output": tmp_path / "again",
+        "method": "random",
+    }
+    again = SelectConfig(**settings)
+    assert select(again)["flags"] == record["flags"]
+    assert table(again)["flags"] == table(config)["flags"]
+
+
+def test_side_files_of_another_trainer(spoilt):
+    config, record, _ = spoilt
+    assert "swift.jsonl" in record["emitted"]
+    lines = [json.loads(line) for line in (config.output / "swift.jsonl").open(encoding="utf-8")]
+    assert len(lines) == record["rows_selected"]
+    assert {line["channel"] for line in lines} == {"ocr", "emotion"}
+
+
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(profile, pool, tmp_path, capsys):
+    config = SelectConfig(
+        profile=str(profile), data=str(pool), output=tmp_path / "out", device="cpu", dry_run=True
+    )
+    assert select(config) == {}
+    said = capsys.readouterr().out
+    assert re.search(r"about [\d.e+]+ rows/s a process: 40 rows in [\d.e-]+ hours with one process", said)
+    assert "GPU" not in said and "budget 8 rows of at most 40" in said and not config.output.exists()
+
+
+def test_settings_reach_the_processes_of_a_launched_run(tmp_path):
+    """What the launcher writes, the worker turns back into the same settings for the same command."""
+    config = SelectConfig(profile="p.json", data="d.json", output=tmp_path, num_processes=2, mix="ocr=0.5")
+    (tmp_path / launch.CONFIG).write_text(launch.handed_over(config), encoding="utf-8")
+    got: list[SelectConfig] = []
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("RANK", "0")
+        changed.setattr(worker, "_end_with_the_launcher", lambda: None)
+        assert worker.main(tmp_path, got.append) == 0
+    assert got == [config] and worker._command(type(got[0])) is select
+    assert launch.wanted_processes(config) == 2

@@ -76,7 +76,7 @@ def near(value):
 
 
 def test_losses_are_those_of_single_read_outs(vlm, pool):
-    rows = read_dataset(pool).rows
+    rows = list(read_dataset(pool).rows)
     scored = Scorer(vlm, FUNCTIONS).score(rows)
     assert [s.row for s in scored] == rows
     for s in scored:
@@ -117,8 +117,8 @@ def test_text_only_rows_need_no_layers(vlm, pool):
     assert scored.deltas == {"count": 0.0, "ocr": 0.0} and scored.visual_gain == 0.0
     assert scored.losses == dict.fromkeys(FUNCTIONS, scored.loss_full)
     assert scored.flags == ("text_only",)
-    deltas = {f: [scored.deltas[f]] for f in FUNCTIONS}
-    assert choose.buckets(deltas) == [LANGUAGE]
+    deltas, losses = ({f: [values[f]] for f in FUNCTIONS} for values in (scored.deltas, scored.losses))
+    assert choose.buckets(choose.needs(losses, deltas), deltas).tolist() == [LANGUAGE]
 
 
 def test_blank_swaps_with_a_grey_image(vlm, pool):
@@ -151,24 +151,23 @@ def test_nested_levels_add_up(vlm, pool):
     assert sum(scored.deltas.values()) == near(all_of_it - scored.loss_full)
 
 
-def test_scores_do_not_depend_on_the_batch_or_the_chunk(pool, monkeypatch):
-    vlm, rows = tiny_vlm("qwen2_5_vl"), read_dataset(pool).rows
+def test_scores_do_not_depend_on_the_batch_or_the_window(pool, monkeypatch):
+    vlm, rows = tiny_vlm("qwen2_5_vl"), list(read_dataset(pool).rows)
     at_once = Scorer(vlm, FUNCTIONS).score(rows)
-    monkeypatch.setattr(scoring, "CHUNK", 1)
+    monkeypatch.setattr(scoring, "WINDOW", 1)
     for a, b in zip(at_once, Scorer(vlm, FUNCTIONS, batch_tokens=1).score(rows), strict=True):
         assert (a.row, a.n_answer_tokens, a.flags) == (b.row, b.n_answer_tokens, b.flags)
         assert a.loss_full == near(b.loss_full) and a.deltas == near(b.deltas)
 
 
 def test_rows_that_cannot_be_encoded_are_quarantined(vlm, pool, monkeypatch):
-    dataset = read_dataset(pool)
     lines = pool.read_bytes().splitlines()
     lines[1] = lines[1].replace(b"12 dogs", f"12 {vlm.processor.image_token} dogs".encode())
     if b"<image>" in lines[1]:  # a marker of the row format itself is refused before the model sees it
         lines[1] = lines[1].replace(b"<image>", b"dogs")
     pool.write_bytes(b"\n".join(lines))
-    rows = read_dataset(pool).rows
-    (dataset.rows[3].images[0].path).unlink()
+    rows = list(read_dataset(pool).rows)
+    rows[3].images[0].path.unlink()
     scorer = Scorer(vlm, FUNCTIONS)
     scored = scorer.score(rows)
     codes = {r.row: str(r.code) for r in scorer.rejected}
@@ -190,7 +189,7 @@ def test_images_that_cannot_be_told_apart_are_quarantined(pool, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(pool, monkeypatch):
-    vlm, rows = tiny_vlm("qwen2_5_vl"), read_dataset(pool).rows
+    vlm, rows = tiny_vlm("qwen2_5_vl"), list(read_dataset(pool).rows)
     weight = vlm.base.get_output_embeddings().weight
     saved = weight.detach().clone()
     try:
@@ -201,3 +200,64 @@ def test_a_loss_that_is_not_finite_stops_the_run(pool, monkeypatch):
     finally:
         with torch.no_grad():
             weight.copy_(saved)
+
+
+def test_the_sweep_costs_what_the_formula_says(tmp_path):
+    """Rows of one shape: the prefix and the base once, a branch from its first layer on, in one batch."""
+    vlm = tiny_vlm("qwen2_5_vl")
+    Image.new("RGB", (32, 32), (200, 10, 10)).save(tmp_path / "a.png")
+    line = {"messages": [turn("user", "<image>what ?"), turn("assistant", "cats")], "images": ["a.png"]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(line) + "\n") * 6, encoding="utf-8")
+    rows = list(read_dataset(tmp_path / "rows.jsonl").rows)
+    scorer = Scorer(vlm, FUNCTIONS)
+    scorer.score(rows)
+    prompt, positions = answers_of(vlm, rows[0])
+    prefix = prompt.spans[-1][1]
+    suffix, below = prompt.length - prefix, LAYERS - 1
+    first_layers = [min(k) for k in FUNCTIONS.values()] + [0]
+    assert scorer.cost.reference_rows == 0
+    assert scorer.cost.rows == 6 * (len(FUNCTIONS) + 2)
+    swept = (prefix + suffix) * below + suffix * sum(below - k for k in first_layers)
+    assert scorer.cost.token_layers == 6 * swept
+    assert scorer.cost.head_tokens == scorer.cost.last_layer_tokens == 6 * len(positions) * 4
+    naive = (len(FUNCTIONS) + 2) * (prefix + suffix) * below
+    assert swept < naive
+
+
+def test_rows_of_many_lengths_are_read_in_order_of_length(tmp_path):
+    """Padding costs less than a tenth of what the rows do, though long and short ones alternate."""
+    vlm = tiny_vlm("qwen2_5_vl")
+    lines = []
+    for i, side in enumerate((32, 96, 32, 96, 32, 96, 32, 96)):
+        Image.new("RGB", (side, side), (200, 10, 10)).save(tmp_path / f"{i}.png")
+        talk = [turn("user", "<image>what ?"), turn("assistant", "cats " * (1 + 12 * (i % 2)))]
+        lines.append(json.dumps({"messages": talk, "images": [f"{i}.png"]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = list(read_dataset(tmp_path / "rows.jsonl").rows)
+    at_once, one_by_one = Scorer(vlm, FUNCTIONS, batch_tokens=600), Scorer(vlm, FUNCTIONS, batch_tokens=1)
+    found = at_once.score(rows)
+    assert [s.row.row for s in found] == list(range(8))
+    one_by_one.batch_tokens = 600
+    for row in rows:
+        one_by_one.score([row])
+    assert at_once.cost.token_layers < 1.1 * one_by_one.cost.token_layers
+
+
+def test_an_answer_before_an_image_does_not_miss_it(vlm, tmp_path):
+    """A span counts for the answers after it: the first answer is the same without the second image."""
+    for i, color in enumerate(((200, 10, 10), (10, 10, 200))):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{i}.png")
+    first = [turn("user", "what text ?"), turn("assistant", "three cats")]
+    second = [turn("user", "<image>dogs ?"), turn("assistant", "12")]
+    lines = [
+        {"messages": [*first, *second], "images": ["0.png"]},
+        {"messages": [*first, *second], "images": ["1.png"]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    for s in Scorer(vlm, FUNCTIONS).score(list(read_dataset(tmp_path / "rows.jsonl").rows)):
+        prompt, positions = answers_of(vlm, s.row)
+        before = tuple(p for p in positions if p < prompt.spans[0][0])
+        assert before and len(before) < len(positions) == s.n_answer_tokens
+        blind = drop(range(LAYERS))
+        assert loss(vlm, prompt, before, blind) == near(loss(vlm, prompt, before))
+        assert s.visual_gain == near(loss(vlm, prompt, positions, blind) - loss(vlm, prompt, positions))
