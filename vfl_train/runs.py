@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -25,15 +25,22 @@ from typing import Any, Self
 
 from vfl_train import __version__
 from vfl_train.errors import ConfigError, DiskError, NumericError
+from vfl_train.fingerprints import allowed_keys, refuse_differences
 from vfl_train.options import Config, specs
 
 MARKER = ".vfl-run.json"
 MANIFEST = "manifest.json"
 _TEMPORARY = ".vfl-tmp-"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Work in progress: in no manifest, and removed once the run is marked done.
+CHECKPOINTS, SHARDS = "checkpoints", "shards"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Settings that change how and where something is computed, not what.
-_NOT_OF_THE_RESULT = ("output", "overwrite", "dry_run", "batch_tokens", "batch_size", "device")
+_NOT_OF_THE_RESULT = (
+    "output", "overwrite", "dry_run", "batch_tokens", "batch_size", "device", "allow_config_change",
+    "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "num_processes", "ddp_timeout",
+    "private",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -46,30 +53,42 @@ class RunFolder:
         self.resumed = state == "running"
 
     @classmethod
-    def open(cls, output: str | Path, fingerprint: Mapping[str, Any], overwrite: bool = False) -> RunFolder:
+    def open(
+        cls,
+        output: str | Path,
+        fingerprint: Mapping[str, Any],
+        overwrite: bool = False,
+        allow_change: Sequence[str] = (),
+    ) -> RunFolder:
         """Take `output` for a run with this fingerprint.
 
         Same fingerprint and finished: `already_done`, nothing will be written. Same fingerprint and not
         finished: `resumed`, complete files of the earlier attempt are still there. `overwrite` empties the
-        folder first, if it is a run folder.
+        folder first, if it is a run folder. The keys of the fingerprint in `allow_change` (in full,
+        `options.learning_rate`, or their last part) may differ from those of an unfinished run.
 
         Raises:
-            ConfigError: the folder holds another run (naming what differs), or files that are not ours.
+            ConfigError: the folder holds another run (naming what differs), or files that are not ours, or
+                `allow_change` names a key that the fingerprint has not.
             NumericError: a non-finite number in the fingerprint.
             DiskError: the folder cannot be made.
         """
         folder = Path(output)
         wanted = json.loads(dumps(dict(fingerprint), "fingerprint"))
+        allowed = allowed_keys(wanted, allow_change)
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file", "give a folder to --output")
-        state = "new"
-        if folder.is_dir() and any(folder.iterdir()):
-            state = _empty(folder) if overwrite else _state(folder, wanted)
-        return cls(folder, wanted, state)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return cls(folder, wanted, "new")
+        if overwrite:
+            return cls(folder, wanted, _empty(folder))
+        return cls(folder, wanted, _state(folder, wanted, allowed))
 
     def __enter__(self) -> Self:
-        if not self.already_done:
-            with _disk_errors(self.folder):
+        if self.already_done:
+            self._remove_checkpoints()
+        else:
+            with disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_temporary()
             self._mark("running", {})
@@ -83,8 +102,9 @@ class RunFolder:
         self._remove_temporary()
         if error is None:
             self._finish()
+            self._remove_checkpoints()
         elif isinstance(error, OSError) and error.errno in _FULL:
-            raise _disk_full(self.folder) from error
+            raise _disk_full(self.folder, error) from error
 
     def path(self, name: str) -> Path:
         """Where the file `name` of this run lies; its folder is made. For writers that are atomic
@@ -93,7 +113,7 @@ class RunFolder:
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
             raise ConfigError(f"{name!r} is not a file name inside {self.folder}")
         path = self.folder.joinpath(*pure.parts)
-        with _disk_errors(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -104,11 +124,11 @@ class RunFolder:
         path = self.path(name)
         temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
         try:
-            with _disk_errors(path):
+            with disk_errors(path):
                 yield temporary
-                _to_disk(temporary)
+                flush_to_disk(temporary)
                 os.replace(temporary, path)
-                _to_disk(path.parent)
+                flush_to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -139,10 +159,17 @@ class RunFolder:
     def _mark(self, status: str, hashes: Mapping[str, str]) -> None:
         self.write_json(MARKER, {"fingerprint": self.fingerprint, "status": status, "files": hashes})
 
+    def _remove_checkpoints(self) -> None:
+        # Only after the mark "done": until then they are what a crash would be resumed from.
+        for name in (CHECKPOINTS, SHARDS):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
     def _files(self) -> list[str]:
-        """Names of the run's files, sorted; a link counts if it leads to a file."""
+        """Names of the run's files, sorted, without work in progress; a link counts if it leads to a file."""
         every = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-        return sorted(name for name in every if name not in (MARKER, MANIFEST))
+        passing = (MARKER, MANIFEST)
+        in_progress = (f"{CHECKPOINTS}/", f"{SHARDS}/")
+        return sorted(n for n in every if n not in passing and not n.startswith(in_progress))
 
     def _remove_temporary(self) -> None:
         for path in self.folder.rglob(f"{_TEMPORARY}*"):
@@ -212,9 +239,9 @@ def _non_finite(value: Any, where: str) -> str:
 # --- what is in a folder already -------------------------------------------------------------------
 
 
-def _state(folder: Path, wanted: Mapping[str, Any]) -> str:
-    """`running` or `done` of the run in `folder` if it is the wanted one, `new` if there is nothing of it but
-    its marker. Raises ConfigError."""
+def _state(folder: Path, wanted: Mapping[str, Any], allowed: Collection[str]) -> str:
+    """`running` or `done` of the run in `folder` if it is the wanted one (until done, but for the
+    `allowed` keys), `new` if there is nothing of it but its marker. Raises ConfigError."""
     if not (folder / MARKER).is_file():
         raise ConfigError(
             f"{folder} is not empty and vfl-train did not write it", "give another folder to --output"
@@ -222,13 +249,9 @@ def _state(folder: Path, wanted: Mapping[str, Any]) -> str:
     found = _read_marker(folder)
     if found["status"] == "running" and len(list(folder.iterdir())) == 1:
         return "new"  # a run that was refused or stopped before it wrote anything
-    differences = _differences(found["fingerprint"], wanted)
-    if differences:
-        raise ConfigError(
-            f"{folder} holds another run: {'; '.join(differences[:3])}",
-            "--overwrite replaces it, or give another folder to --output",
-        )
-    if found["status"] != "done":
+    finished = found["status"] == "done"
+    refuse_differences(str(folder), found["fingerprint"], wanted, () if finished else allowed)
+    if not finished:
         return "running"
     missing = [name for name in found["files"] if not (folder / name).is_file()]
     if missing:
@@ -248,21 +271,6 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     if not ok:
         raise ConfigError(f"{folder / MARKER} is damaged", "--overwrite starts again")
     return dict(found)
-
-
-def _differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """`key was OLD, is now NEW` for every leaf that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        missing = "nothing"
-        pairs = ((key, old.get(key, missing), new.get(key, missing)) for key in keys)
-        return [line for key, a, b in pairs for line in _differences(a, b, f"{where}.{key}".lstrip("."))]
-    return [] if old == new else [f"{where} was {_short(old)}, is now {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _empty(folder: Path) -> str:
@@ -286,7 +294,7 @@ def _empty(folder: Path) -> str:
 # --- the disk --------------------------------------------------------------------------------------
 
 
-def _to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file, or the entries of a folder, from the cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -296,16 +304,18 @@ def _to_disk(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raises DiskError where the block, writing `path`, meets a full or closed disk."""
     try:
         yield
     except OSError as e:
         if e.errno in _FULL:
-            raise _disk_full(path) from e
+            raise _disk_full(path, e) from e
         if e.errno in _CLOSED or isinstance(e, FileExistsError | NotADirectoryError):
             raise DiskError(f"cannot write {path}: {e.strerror}", "give another folder to --output") from e
         raise
 
 
-def _disk_full(path: Path) -> DiskError:
-    return DiskError(f"the disk is full, {path} was not finished", "make room and run the same command again")
+def _disk_full(path: Path, error: OSError) -> DiskError:
+    reason = "the disk is full" if error.errno != errno.EFBIG else "the file may not grow further (ulimit -f)"
+    return DiskError(f"{reason}, {path} was not finished", "make room and run the same command again")

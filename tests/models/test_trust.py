@@ -87,6 +87,7 @@ CHANGES = {
     "nested _attn_implementation_internal": lambda c: c["vision_config"].update(
         _attn_implementation_internal=KERNEL
     ),
+    "_attn_implementation": lambda c: c["text_config"].update(_attn_implementation=KERNEL),
     "_experts_implementation_internal": lambda c: c.update(_experts_implementation_internal=KERNEL),
 }
 

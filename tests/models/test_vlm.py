@@ -246,7 +246,7 @@ def test_max_pixels_is_refused_where_there_is_no_limit(folder_of):
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"device": "cuda:64"}, "no device 'cuda:64'"),
         ({"device": "mps:64"}, "no device 'mps:64'"),
-        ({"load_in_4bit": True}, "4bit"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
         ({"adapter": "/not/there"}, "no adapter folder"),
     ],
 )

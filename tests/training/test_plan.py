@@ -137,6 +137,22 @@ def test_the_plan_names_every_module_and_what_is_skipped(skeleton) -> None:
     assert value["model"]["num_layers"] == 12
 
 
+@pytest.mark.parametrize("control", ["random", "reversed"])
+def test_a_control_is_of_equal_size_and_the_plan_says_what_it_replaces(skeleton, control: str) -> None:
+    known = profile(skeleton.info)
+    choices = [
+        choose_layers(skeleton.info, profile=known, functions=["ocr", "count"], control=c)
+        for c in (None, control)
+    ]
+    plain, replaced = (build_plan(choice, skeleton, 8) for choice in choices)
+    assert len(replaced.module_names) == len(plain.module_names)
+    assert replaced.trainable_parameters == plain.trainable_parameters
+    assert not set(replaced.layers) & set(plain.layers)
+    value = json.loads(json.dumps(replaced.to_json()))
+    assert (value["control"], value["functions"]) == (control, {"ocr": [10], "count": [5, 6]})
+    assert value["layers"] == list(replaced.layers) and plain.to_json()["control"] is None
+
+
 @pytest.fixture(scope="module")
 def skeleton(base_folder):
     from vfl_train.training.skeleton import load_skeleton
@@ -146,18 +162,3 @@ def skeleton(base_folder):
 
 def test_a_skeleton_has_no_weights(skeleton) -> None:
     assert {p.device.type for p in skeleton.model.parameters()} == {"meta"}
-
-
-def test_plan_emits_arguments_that_peft_takes(skeleton, base_folder, tmp_path, capsys) -> None:
-    from peft import LoraConfig
-
-    from vfl_train.config import PlanConfig
-    from vfl_train.training.plan import emit_plan
-
-    path = tmp_path / "profile.json"
-    path.write_text(json.dumps(profile(skeleton.info).to_json()), encoding="utf-8")
-    emit_plan(PlanConfig(profile=str(path), functions=("ocr",), model=str(base_folder)))
-    arguments = json.loads(capsys.readouterr().out)
-    assert len(LoraConfig(**arguments).target_modules) == 7
-    with pytest.raises(ConfigError, match="swift"):
-        emit_plan(PlanConfig(profile=str(path), functions=("ocr",), emit="swift"))

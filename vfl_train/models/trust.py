@@ -11,6 +11,11 @@ from pathlib import Path
 from vfl_train.errors import ConfigError
 from vfl_train.schemas import read_json
 
+# A value with a slash is a Hub repo, whose kernel transformers would fetch and run.
+_IMPLEMENTATIONS = (
+    "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
+)  # fmt: skip
+
 
 def check_model_folder(folder: Path, weights: bool = True) -> None:
     """Refuse a local model folder that names remote code or kernels, that is an adapter (transformers
@@ -62,6 +67,8 @@ def check_config(value: object, where: str) -> None:
                 )
             if key in ("_attn_implementation_internal", "_experts_implementation_internal"):
                 raise ConfigError(f"{where} sets {key}, which can load foreign kernels", "remove that key")
+            if key in _IMPLEMENTATIONS and "/" in str(inner):
+                raise ConfigError(f"{where} names a kernel of the Hub ({key})", "remove that key")
             check_config(inner, where)
     elif isinstance(value, list):
         for inner in value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ from vfl_train.data.rows import Message, user_message
 from vfl_train.errors import ConfigError, HubError
 from vfl_train.interventions.readout import Prompt
 from vfl_train.models.families import Family, family_of
+from vfl_train.models.quantize import bits_of, quantization
 from vfl_train.models.trust import check_model_folder
 from vfl_train.schemas import ModelInfo
 
@@ -125,6 +127,14 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _check_attention(name: str) -> None:
+    """Raises ConfigError for an attention whose package is not there."""
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"--attn-implementation {name} needs the package flash-attn", "pip install 'vfl-train[flash]'"
+        )
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto`: bfloat16 on accelerators, float32 on the CPU."""
     if name == "auto":
@@ -165,19 +175,28 @@ class VisionLanguageModel:
         load_in_4bit: bool = False,
         max_pixels: int | None = None,
         adapter: str | None = None,
+        load_in_8bit: bool = False,
+        attn_implementation: str = "sdpa",
     ) -> VisionLanguageModel:
         """Load by folder, Hub id or bundled name, and put `adapter` (a PEFT folder) on it if given.
 
-        Safetensors only, remote code off. Raises ConfigError or HubError.
+        Safetensors only, remote code off. Weights in 4 or 8 bits: see `models.quantize`. Raises ConfigError
+        (a missing optional package too) or HubError.
         """
-        if load_in_4bit:
-            raise ConfigError("--load-in-4bit is not there yet", "load in bfloat16")
+        bits = bits_of(load_in_4bit, load_in_8bit)
+        _check_attention(attn_implementation)
         folder, where = local_folder(name, revision), _device(device)
         processor = _processor(folder, name, max_pixels)
-        model = _load(
-            AutoModelForImageTextToText, folder,
-            dtype=_dtype(dtype, where), attn_implementation="sdpa", use_safetensors=True,
-        ).to(where)  # fmt: skip
+        options: dict[str, Any] = {
+            "dtype": _dtype(dtype, where),
+            "attn_implementation": attn_implementation,
+            "use_safetensors": True,
+        }
+        if bits is None:
+            model = _load(AutoModelForImageTextToText, folder, **options).to(where)
+        else:  # quantized tensor by tensor where they will stay: they cannot move afterwards
+            options["quantization_config"] = quantization(folder, bits, options["dtype"])
+            model = _load(AutoModelForImageTextToText, folder, device_map={"": where}, **options)
         if adapter is not None:
             from vfl_train.hub.load import load_adapter
 

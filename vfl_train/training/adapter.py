@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 
 from vfl_train.errors import ConfigError, NumericError
+from vfl_train.training.deepspeed import gathered, master_weights
 from vfl_train.training.plan import LayerPlan, peft_arguments
 
 PEFT_PREFIX = "base_model.model."
@@ -79,7 +80,9 @@ def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Par
 def check_finite(model: torch.nn.Module) -> None:
     """Raises NumericError naming the first trained parameter with a non-finite entry."""
     for name, parameter in trainable_parameters(model):
-        if not bool(torch.isfinite(parameter).all()):
+        with gathered([parameter]):
+            finite = bool(torch.isfinite(parameter).all())
+        if not finite:
             raise NumericError(
                 f"{name.removeprefix(PEFT_PREFIX)} is not finite; nothing was saved",
                 "lower learning_rate or max_grad_norm, or check the rows",
@@ -103,12 +106,13 @@ def adapter_config(model: PeftModel, plan: LayerPlan, base_name: str, revision: 
 
 
 def adapter_weights(model: PeftModel) -> bytes:
-    """The LoRA tensors under PEFT's key names, as a safetensors file.
+    """The LoRA tensors under PEFT's key names, as a safetensors file. All processes of a run must call.
 
     Raises:
         NumericError: a parameter is not finite.
     """
     check_finite(model)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = master_weights(trainable_parameters(model))  # gathered, where ZeRO holds them in slices
+    state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     return save(tensors, metadata={"format": "pt"})

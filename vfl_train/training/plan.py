@@ -6,22 +6,18 @@ module in full, so that nothing is left to a pattern. `plan.json` is its file fo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vfl_train import options
 from vfl_train.errors import ConfigError
-from vfl_train.hub.load import load_profile
 from vfl_train.schemas import ModelInfo, Profile
 from vfl_train.training.controls import apply_control
 
 if TYPE_CHECKING:
-    import torch
-
-    from vfl_train.config import PlanConfig
     from vfl_train.models import VisionLanguageModel
+    from vfl_train.models.parts import Parts
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -41,7 +37,8 @@ class LayerChoice:
 @dataclass(frozen=True)
 class LayerPlan:
     """What is trained. `module_names` are full names in the base model; `skipped` says, group by group,
-    which linear modules are not adapted and why; `trainable_parameters` counts LoRA's A and B."""
+    which linear modules are not adapted and why; `trainable_parameters` counts LoRA's A and B;
+    `part_modules` counts the adapted modules of parts beside the decoder (`connector`, `vision`)."""
 
     model: ModelInfo
     layers: tuple[int, ...]
@@ -51,6 +48,7 @@ class LayerPlan:
     module_names: tuple[str, ...]
     skipped: tuple[dict[str, Any], ...]
     trainable_parameters: int
+    part_modules: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -58,9 +56,15 @@ class LayerPlan:
         return self.model.num_layers
 
     @property
+    def also_adapts(self) -> tuple[str, ...]:
+        """Parts beside the decoder that are adapted."""
+        return tuple(self.part_modules)
+
+    @property
     def lowest_layer(self) -> int:
-        """The lowest adapted layer: backward stops here."""
-        return self.layers[0]
+        """The lowest decoder layer that backward visits: the lowest adapted one, or 0 where a part below the
+        decoder is adapted too."""
+        return 0 if self.also_adapts else self.layers[0]
 
     def to_json(self) -> dict[str, Any]:
         """The content of `plan.json`."""
@@ -129,19 +133,27 @@ def _choose_from_profile(
     return LayerChoice(tuple(layers), by_function, rule, None, tuple(warnings))
 
 
-def build_plan(choice: LayerChoice, vlm: VisionLanguageModel, lora_r: int) -> LayerPlan:
-    """The plan of `choice` on a loaded model (weights are not read: meta tensors will do).
+def build_plan(
+    choice: LayerChoice, vlm: VisionLanguageModel, lora_r: int, also_adapt: Sequence[str] = ()
+) -> LayerPlan:
+    """The plan of `choice` on a loaded model (weights are not read: meta tensors will do), with the linear
+    modules of the parts `also_adapt` (see `vfl_train.models.parts`).
 
     Raises:
-        ConfigError: a planned layer has no linear module that LoRA may adapt, or one is missing.
+        ConfigError: a planned layer or part has no linear module that LoRA may adapt, or one is missing.
     """
+    from vfl_train.models.parts import PARTS, Parts
+
     modules = dict(vlm.model.named_modules())
+    beside = Parts(vlm)
     names: list[str] = []
     for layer in choice.layers:
         found = list(vlm.linear_names(layer))
         if not found or any(name not in modules for name in found):
             raise ConfigError(f"layer {layer} of {vlm.model_type} has no linear modules that LoRA can adapt")
         names += found
+    part_names = {part: beside.linears(part) for part in PARTS if part in also_adapt}
+    names += [name for found in part_names.values() for name in found]
     parameters = sum(lora_r * (modules[n].in_features + modules[n].out_features) for n in names)
     return LayerPlan(
         model=vlm.info,
@@ -150,13 +162,14 @@ def build_plan(choice: LayerChoice, vlm: VisionLanguageModel, lora_r: int) -> La
         layer_rule=choice.layer_rule,
         control=choice.control,
         module_names=tuple(names),
-        skipped=tuple(_skipped(vlm, modules, set(names), choice.layers)),
+        skipped=tuple(_skipped(vlm, beside, set(names), choice.layers)),
         trainable_parameters=parameters,
+        part_modules={part: len(found) for part, found in part_names.items()},
     )
 
 
 def _skipped(
-    vlm: VisionLanguageModel, modules: dict[str, torch.nn.Module], planned: set[str], layers: Sequence[int]
+    vlm: VisionLanguageModel, beside: Parts, planned: set[str], layers: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Linear modules outside the plan, by group: {"name", "linears", "reason"}."""
     from torch import nn
@@ -164,14 +177,12 @@ def _skipped(
     prefixes = {f"{name}.": index for index, name in enumerate(vlm.layer_names)}
     head = vlm.model.get_output_embeddings()
     groups: dict[tuple[str, str], int] = {}
-    for name, module in modules.items():
+    for name, module in beside.modules.items():
         if not isinstance(module, nn.Linear) or name in planned:
             continue
         layer = next((index for prefix, index in prefixes.items() if name.startswith(prefix)), None)
-        if layer is None and module is head:
-            key = (name, "output head")
-        elif layer is None:
-            key = (".".join(name.split(".")[:2]), "vision tower or connector: never adapted")
+        if layer is None:
+            key = (name, "output head") if module is head else _outside(beside, name)
         elif layer in layers:
             key = (vlm.layer_names[layer], "experts or routers: of these layers only attention is adapted")
         else:
@@ -180,26 +191,14 @@ def _skipped(
     return [{"name": name, "linears": count, "reason": reason} for (name, reason), count in groups.items()]
 
 
-def emit_plan(config: PlanConfig) -> None:
-    """`vfl-train plan`: print the keyword arguments of `peft.LoraConfig` for a profile's functions.
-
-    Raises:
-        ConfigError: a target other than peft, or whatever `choose_layers` refuses.
-    """
-    if config.emit != "peft":
-        raise ConfigError(f"plan --emit {config.emit} is not available yet", "use --emit peft")
-    from vfl_train.training.skeleton import load_skeleton
-
-    profile = load_profile(config.profile)
-    vlm = load_skeleton(config.model or profile.model.name_or_path, profile.model.revision)
-    functions = config.functions or [
-        name
-        for name, f in profile.functions.items()
-        if f.status == "ok" and (f.flip_block if config.layer_rule == "block" else f.layers)
-    ]
-    choice = choose_layers(vlm.info, profile=profile, functions=functions, layer_rule=config.layer_rule)
-    plan = build_plan(choice, vlm, lora_r=16)
-    print(json.dumps(peft_arguments(plan, r=16, alpha=32, dropout=0.0), indent=2))
+def _outside(beside: Parts, name: str) -> tuple[str, str]:
+    """(group, reason) of a linear module that is neither in a decoder layer nor the output head."""
+    group, part = ".".join(name.split(".")[:2]), beside.of(name)
+    if part == "vision":
+        return group, "vision tower: adapted with --also-adapt vision only, as far as its output is used"
+    if part == "connector":
+        return group, "connector: adapted with --also-adapt connector only"
+    return group, "outside the decoder layers: never adapted"
 
 
 def peft_arguments(plan: LayerPlan, *, r: int, alpha: int, dropout: float) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from vfl_train.errors import ConfigError
 from vfl_train.models import VisionLanguageModel, load_processor, local_folder
 
 
-def load_skeleton(name: str, revision: str | None = None) -> VisionLanguageModel:
-    """The module tree of a model on the meta device, with its processor. Raises ConfigError, HubError."""
+def load_skeleton(
+    name: str, revision: str | None = None, max_pixels: int | None = None
+) -> VisionLanguageModel:
+    """The module tree of a model on the meta device, with its processor (whose pixels `max_pixels` limits).
+    Raises ConfigError, HubError."""
     folder = local_folder(name, revision, weights=False)
-    processor = load_processor(name, revision)
+    processor = load_processor(name, revision, max_pixels)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):

@@ -14,6 +14,7 @@ class Family:
     `attention`, `mlp`: names inside a decoder layer.
     `linears`: module names inside a decoder layer that LoRA may adapt; `moe`: name suffixes that mark a
     layer's MLP as a mixture of experts (attention only is adapted then).
+    `connectors`: last parts of the names of the modules between vision tower and decoder.
     `tiles`: (processor, (width, height) of an image) -> (columns, rows) of the tiles it is cut into, where
     neither the tokens nor the inputs show it.
     `box`: the coordinates this family was trained to write boxes in: `pixels` of the image as the model
@@ -29,6 +30,9 @@ class Family:
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
     )  # fmt: skip
     moe: tuple[str, ...] = ("mlp.experts", "mlp.gate")
+    connectors: tuple[str, ...] = (
+        "model.multi_modal_projector", "model.connector", "visual.merger", "visual.deepstack_merger_list",
+    )  # fmt: skip
     tiles: Callable[[Any, tuple[int, int]], tuple[int, int]] | None = None
     box: str | None = None
     adds_between_layers: bool = False
