@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,4 +59,66 @@ def reload_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify reloads in this process: the fresh one costs seconds and has tests of its own."""
     from vfl_train.hub import reload, verify
 
-    monkeypatch.setattr(verify, "reload_in_fresh_process", reload.reload)
+    monkeypatch.setattr(verify, "reload_in_fresh_process", lambda *a: {**reload.reload(*a), "ours": []})
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder with a tiny model of a family, as its base repo on the Hub would be."""
+    from tiny_models import FAMILIES
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("bases") / f"tiny-{family}"
+            model, processor = FAMILIES[family]()
+            model.save_pretrained(made[family])
+            processor.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def plain_adapter(tiny_base: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """An adapter that plain PEFT trained nothing of: A and B drawn at random, settings of LoraConfig."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    def make(family: str, name: str = "plain", **settings: Any) -> Path:
+        base = AutoModelForImageTextToText.from_pretrained(tiny_base(family))
+        module = "model.language_model.layers.{}.self_attn.{}"
+        modules = [module.format(layer, leaf) for layer in (1, 2) for leaf in ("q_proj", "o_proj")]
+        config = {"r": 4, "lora_alpha": 8, "target_modules": modules, "task_type": "CAUSAL_LM", **settings}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            adapted = get_peft_model(base, PeftLoraConfig(**config))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if "lora_B" in key:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        adapted.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def plain_logits(tiny_base: Callable[[str], Path]) -> Callable[..., list[torch.Tensor]]:
+    """What plain transformers and plain PEFT make of a family's base and an adapter folder."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vfl_train.hub.samples import next_logits, sample_inputs
+
+    def run(family: str, adapter: Path | None = None) -> list[torch.Tensor]:
+        model = AutoModelForImageTextToText.from_pretrained(tiny_base(family))
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter))
+        inputs = sample_inputs(AutoProcessor.from_pretrained(tiny_base(family)), 1)
+        return next_logits(model.eval(), inputs)
+
+    return run

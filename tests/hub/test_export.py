@@ -44,17 +44,10 @@ def test_an_adapter_is_copied_by_allow_list(
 
 
 def test_a_merged_model_is_copied_and_verifies(adapter: Path, tmp_path: Path, reload_here: None) -> None:
-    merged = merge(MergeConfig(adapters=(str(adapter),), output=tmp_path / "m", device="cpu"))
+    merged = merge(MergeConfig(adapters=(str(adapter),), output=tmp_path / "m", device="cpu", pairs=0))
     output = export(ExportConfig(source=merged, output=tmp_path / "out"))
     assert (output / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
     verify(VerifyConfig(folder=output, samples=1))
-
-
-@pytest.mark.parametrize("changes", [{"target": "vllm"}, {"target": "gguf"}, {"push_to_hub": "a/b"}])
-def test_what_is_not_there_yet_is_refused(adapter: Path, tmp_path: Path, changes: dict) -> None:
-    with pytest.raises(ConfigError, match="not available yet"):
-        export(ExportConfig(source=adapter, output=tmp_path / "out", **changes))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +59,27 @@ def test_a_secret_stops_the_export_and_names_the_file(copy: Path, tmp_path: Path
         export(ExportConfig(source=copy, output=tmp_path / "out"))
     assert "aaaaaaaaaa" not in raised.value.message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_another_kind_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "adapter_config.json").rename(copy / "scorecard.json")
+    with pytest.raises(ConfigError, match="no adapter, merged model, profile or selection"):
+        export(ExportConfig(source=copy, output=tmp_path / "out"))
+
+
+def test_a_base_that_is_a_folder_is_no_model_of_the_hub_on_the_card(adapter: Path) -> None:
+    """A stranger's model may have the folder's name there."""
+    text = (adapter / "README.md").read_text()
+    assert "\nbase_model_relation: adapter" in text and "\nbase_model:" not in text
+
+
+def test_the_card_says_what_else_was_adapted(copy: Path, tmp_path: Path) -> None:
+    assert "the vision tower and connector included, is as" in (copy / "README.md").read_text()
+    plan = json.loads((copy / "plan.json").read_text())
+    add_to_manifest(copy, "plan.json", json.dumps({**plan, "part_modules": {"connector": 2, "vision": 12}}))
+    text = (export(ExportConfig(source=copy, output=tmp_path / "out")) / "README.md").read_text()
+    assert "and on the connector and vision tower; everything else,\nis as in the base model" in text
+    assert "--enable-tower-connector-lora" in text and "sglang" not in text
 
 
 def test_a_changed_source_is_refused(copy: Path, tmp_path: Path) -> None:

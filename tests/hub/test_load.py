@@ -34,7 +34,8 @@ def change_weights(folder: Path, change: Any) -> None:
 
 def test_modules_and_layers_come_from_the_weights(adapter: Path) -> None:
     info = check_adapter(adapter)
-    assert info.layers == (3, 4) and len(info.modules) == 14
+    assert info.layers("model.language_model.layers") == [3, 4] and len(info.modules) == 14
+    assert info.blocks == {"model.language_model.layers.3", "model.language_model.layers.4"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from click.core import ParameterSource
 
 from vfl_train.cli.main_group import CliState
 from vfl_train.config import COMMANDS
-from vfl_train.errors import ConfigError
 from vfl_train.options import C, Config, Spec, coerce, specs
 from vfl_train.recipe import PROJECT_FILE, Recipe
 
@@ -67,7 +66,7 @@ def config_command(
     def decorate(function: Callable[[C], None]) -> ConfigCommand:
         def callback(**_: Any) -> None:
             ctx = click.get_current_context()
-            _quiet_libraries(ctx.find_object(CliState) or CliState())
+            quiet_libraries(ctx.find_object(CliState) or CliState())
             function(config_of(ctx, config_class))
 
         params: list[click.Parameter] = [_parameter(spec) for spec in specs(config_class).values()]
@@ -99,11 +98,6 @@ def config_of(ctx: click.Context, config_class: type[C]) -> C:
     if config_class not in COMMANDS.values():
         return config_class.bind(flags)
     return Recipe.find(ctx.params["config"]).config(config_class, flags)
-
-
-def refuse(what: str, instead: str = "") -> None:
-    """Refuse, in one sentence, what this version does not have. Raises ConfigError."""
-    raise ConfigError(f"{what} is not there yet in this version", instead)
 
 
 def _parameter(spec: Spec) -> click.Parameter:
@@ -151,15 +145,18 @@ _CONFIG = click.Option(
 )
 
 
-def _quiet_libraries(state: CliState) -> None:
+def quiet_libraries(state: CliState) -> None:
     """Settings of the libraries a command will import; what the user set in the environment stays."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning after a fork says nothing here
+    # Not importable here: bitsandbytes (when PEFT imports it) and transformers would fetch code with it.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     if state.debug:
         logging.getLogger("vfl_train").setLevel(logging.DEBUG)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it names kernels nobody asked for
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # ours go through logging

@@ -18,6 +18,7 @@ import click
 
 from vfl_train.cpu import keep_freed_memory
 from vfl_train.errors import ConfigError, DiskError, VflError
+from vfl_train.hub.privacy import for_the_terminal
 
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -69,7 +70,7 @@ class MainGroup(click.Group):
         if not standalone_mode:
             return call()
         keep_freed_memory()
-        with _messages(), _sigterm():
+        with messages(), sigterm():
             code = exit_code_of(call, state)
         sys.exit(code)
 
@@ -127,7 +128,7 @@ def _with_help(error: click.ClickException) -> str:
 
 def _report(message: str, code: int) -> int:
     """Print `message` as one line: text of data files may hold line ends and terminal commands."""
-    line = " ".join(message.split())
+    line = " ".join(for_the_terminal(message).split())
     click.echo("".join(c if c.isprintable() else "?" for c in line), err=True)
     return code
 
@@ -138,11 +139,12 @@ class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        click.echo(prefix + record.getMessage(), err=True)
+        click.echo(prefix + for_the_terminal(record.getMessage()), err=True)
 
 
 @contextmanager
-def _messages() -> Iterator[None]:
+def messages() -> Iterator[None]:
+    """Messages of our modules go to stderr inside the block."""
     logger, handler = logging.getLogger("vfl_train"), _ToStderr()
     before = logger.level
     logger.addHandler(handler)
@@ -155,7 +157,7 @@ def _messages() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm() -> Iterator[None]:
+def sigterm() -> Iterator[None]:
     """Turn SIGTERM into `Terminated`, so that `with` and `finally` blocks clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vfl_train.cli.command import config_command, refuse
+from vfl_train.cli.command import config_command
 from vfl_train.config import PlanConfig
 
 EXAMPLE = """
@@ -12,9 +12,11 @@ vfl-train plan --profile profile/profile.json --functions ocr,count --emit peft
 
 @config_command("plan", PlanConfig, EXAMPLE)
 def plan(config: PlanConfig) -> None:
-    """Print settings that make another trainer train these layers."""
-    if config.emit != "peft":
-        refuse(f"--emit {config.emit}", "--emit peft works")
-    from vfl_train.training.plan import emit_plan
+    """Print settings that make another trainer train these layers.
+
+    They name every module in full, in the form that the trainer matches names by, so that it trains these
+    layers and nothing else.
+    """
+    from vfl_train.training.emit import emit_plan
 
     emit_plan(config)

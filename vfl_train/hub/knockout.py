@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from vfl_train.errors import ConfigError, VerificationError
-from vfl_train.hub.card import knockout_card
-from vfl_train.hub.export import LICENCES, check_secrets
+from vfl_train.hub.card import knockout_card, unpublished
+from vfl_train.hub.contents import KNOCKOUT_RECORD
+from vfl_train.hub.export import LICENCES
 from vfl_train.hub.load import CONFIG
 from vfl_train.hub.manifest import verify_manifest
 from vfl_train.hub.merge import save_model
-from vfl_train.hub.privacy import public_name
+from vfl_train.hub.push import refuse_secrets
 from vfl_train.hub.samples import (
     BOUNDS,
     REFERENCE,
@@ -43,7 +44,6 @@ from vfl_train.schemas import read_json
 if TYPE_CHECKING:
     from vfl_train.config import ExportConfig
 
-KNOCKOUT_RECORD = "knocked_out.json"  # what was done, beside the model
 OUTPUTS = ("o_proj", "down_proj")  # the projections out of attention and MLP
 log = logging.getLogger(__name__)
 
@@ -97,12 +97,13 @@ def export_knockout(config: ExportConfig) -> Path:
             for licence in LICENCES:
                 if (vlm.folder / licence).is_file():
                     shutil.copyfile(vlm.folder / licence, run.folder / licence)
-        name = public_name(vlm.name_or_path)
         run.write_json(KNOCKOUT_RECORD, record)
         run.write_json(REFERENCE, make_reference(vlm.model, vlm.processor))
-        run.write_text("README.md", knockout_card(name, found.layer, record["zeroed"], vlm.dtype))
+        run.write_text("README.md", knockout_card(
+            found.layer, record["zeroed"], vlm.dtype, unpublished(vlm.name_or_path, vlm.revision)
+        ))  # fmt: skip
         written = (p.name for p in run.folder.iterdir() if p.is_file() and p.name != MARKER)
-        check_secrets(run.folder, sorted(written))
+        refuse_secrets(run.folder, sorted(written))
     log.info("%s: layer %d without its %s", run.folder, found.layer, found.module)
     return run.folder
 

@@ -30,7 +30,10 @@ _USED = {
     "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision",
     "inference_mode", "init_lora_weights", "task_type", "peft_type", "peft_version",
 }  # fmt: skip
+# Initialisations that leave the base model as it is, so that the saved weights alone are the adapter.
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 PROFILE = "profile.json"
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -38,14 +41,24 @@ _KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha
 @dataclass(frozen=True)
 class AdapterInfo:
     """What an adapter folder says of itself. `modules` are full module names in the base model, taken from
-    the weights; `layers` the decoder layers they belong to."""
+    the weights."""
 
     folder: Path
     base_name: str | None
     revision: str | None
     modules: frozenset[str]
-    layers: tuple[int, ...]
     config: dict[str, Any]
+
+    def layers(self, prefix: str) -> list[int]:
+        """The decoder layers that are adapted, in order; `prefix`: the name of the list of all layers."""
+        inside = (m.removeprefix(f"{prefix}.") for m in self.modules if m.startswith(f"{prefix}."))
+        return sorted({int(name.partition(".")[0]) for name in inside})
+
+    @property
+    def blocks(self) -> frozenset[str]:
+        """Names of what is adapted layer by layer, up to the layer's number, of the decoder or of another
+        part; a module outside of any layer by its own name."""
+        return frozenset(m[0] if (m := _BLOCK.match(name)) else name for name in self.modules)
 
 
 def check_adapter(folder: str | Path) -> AdapterInfo:
@@ -65,9 +78,8 @@ def check_adapter(folder: str | Path) -> AdapterInfo:
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(f"{folder} has no {WEIGHTS}", "pickled weights (.bin) are never loaded")
     modules = frozenset(_modules_of(folder / WEIGHTS))
-    layers = tuple(sorted({int(part) for m in modules for part in m.split(".") if part.isdigit()}))
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    return AdapterInfo(folder, base, revision, modules, layers, config)
+    return AdapterInfo(folder, base, revision, modules, config)
 
 
 def _refuse_keys(config: dict[str, Any], path: Path) -> None:
@@ -78,6 +90,12 @@ def _refuse_keys(config: dict[str, Any], path: Path) -> None:
         unused = key not in _USED and (key in defaults or key == "auto_mapping")
         if unused and value and value != defaults.get(key):
             raise ConfigError(f"{path} sets {key}, which vfl-train does not load", "use a plain LoRA adapter")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        raise ConfigError(
+            f"{path} sets init_lora_weights to {init}: it changed the weights of its base as well",
+            "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion",
+        )
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float) or config[key] <= 0:
             raise ConfigError(f"{path}: {key} must be a positive number")
@@ -103,6 +121,34 @@ def _modules_of(path: Path) -> set[str]:
     return modules
 
 
+def base_of(
+    adapters: list[AdapterInfo], given: str | None, option: str = "--model"
+) -> tuple[str, str | None]:
+    """(name, revision) of the base model: the one given, else the one all adapters name if it is on this
+    machine. A name in an adapter's file alone never makes anything be fetched. Raises ConfigError, which
+    tells to give the base by `option`."""
+    from vfl_train.models import resolve_name
+
+    named = {(a.base_name, a.revision) for a in adapters}
+    if given is not None:
+        revisions = {revision for name, revision in named if name == given}
+        return given, revisions.pop() if len(revisions) == 1 else None
+    if len(named) > 1:
+        raise ConfigError(
+            f"the adapters name different base models: {', '.join(sorted(str(n) for n, _ in named))}",
+            f"give {option}",
+        )
+    name, revision = named.pop()
+    if not name:
+        raise ConfigError(f"{adapters[0].folder} names no base model", f"give {option}")
+    if not resolve_name(name)[1]:
+        raise ConfigError(
+            f"the base model {name} is named by the adapter only and not on this machine",
+            f"give it yourself to have it fetched: {option} {name}",
+        )
+    return name, revision
+
+
 def load_adapter(
     model: torch.nn.Module, folder: str | Path, *, name: str = "default", info: AdapterInfo | None = None
 ) -> PeftModel:
@@ -124,7 +170,7 @@ def load_adapter(
     if missing:
         raise VerificationError(
             f"{info.folder} adapts {missing[0]}, which this model does not have",
-            "it was trained on another model or under other module names",
+            "it was trained on another model, or has older module names, which vfl-train migrate renames",
         )
     kept = {key: info.config[key] for key in _KEPT if info.config.get(key) is not None}
     # The modules come from the weights, so that no pattern decides what is adapted.
@@ -182,12 +228,16 @@ def load_profile(name: str) -> Profile:
 
 def profile_file(name: str) -> Path:
     """Where the profile that a user named lies: a file, the profile.json of a folder, or that of a Hub repo
-    (owner/name; fetched into the cache, nothing else of the repo is).
+    (owner/name, or hub:owner/name whatever lies here; fetched into the cache, nothing else of the repo is).
 
     Raises:
         ConfigError: neither a path nor a repo with a profile.json at its root, no access, or too large.
         HubError: the Hub cannot be reached.
     """
+    if name.startswith("hub:"):
+        if not _HUB_ID.fullmatch(name[4:]):
+            raise ConfigError(f"{name} names no Hub repo", "write it like hub:owner/name")
+        return _fetch_profile(name[4:])
     path = Path(name)
     if path.is_dir():
         return path / PROFILE

@@ -37,20 +37,23 @@ def verify_manifest(folder: Path) -> int:
         The number of files checked.
 
     Raises:
-        VerificationError: naming the first file that is missing or changed, or that is pickled and not
-            listed (other unlisted files are let be: verification.json is one).
+        VerificationError: naming the first file that is missing, cut short or changed, or that is pickled
+            (other files that are not listed are let be: verification.json is one).
     """
     files = read_manifest(folder)
     for name, entry in sorted(files.items()):
         path = folder / name
         if not path.is_file():
             raise VerificationError(f"{name} is missing from {folder}", "make the folder again")
+        size, bytes_ = path.stat().st_size, entry.get("bytes")
+        if isinstance(bytes_, int) and size < bytes_:
+            raise VerificationError(
+                f"{name} in {folder} is cut short: {size} of {bytes_} bytes", "copy or make it again"
+            )
         if file_sha256(path) != entry["sha256"]:
             raise VerificationError(f"{name} in {folder} was changed after it was written", "make it again")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in PICKLED and name not in files:
-            raise VerificationError(
-                f"{name} in {folder} may hold code and is not in the manifest", "remove it"
-            )
+        if path.suffix in PICKLED:  # listed or not: no folder of ours holds one
+            raise VerificationError(f"{name} in {folder} may hold code", "remove it")
     return len(files)

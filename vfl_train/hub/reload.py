@@ -1,35 +1,44 @@
 """Run in a fresh process by `vfl-train verify`: load a folder with plain transformers and plain PEFT, and
-say in JSON what came out. Nothing of this package but the sample prompts is used.
+say in JSON what came out. Nothing of this package is imported, so that what loads here loads anywhere; the
+sample prompts are read from the file beside this one, which imports nothing of it either.
 
-    python -m vfl_train.hub.reload FOLDER [--base FOLDER_OR_ID] [--revision REV] [--samples N]
+    python -P .../vfl_train/hub/reload.py FOLDER [--base FOLDER_OR_ID] [--revision REV] [--samples N]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vfl_train.hub.samples import (
-    REFERENCE,
-    compare_reference,
-    next_logits,
-    relative_difference,
-    sample_inputs,
-)
+
+def _beside(name: str) -> ModuleType:
+    """The module in the file `name`.py beside this one, under that name alone."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def reload(folder: Path, base: str | None, revision: str | None, samples: int) -> dict[str, Any]:
-    """Load the model in `folder` (an adapter if `base` is given) and compare its logits with the reference
-    beside it. Returns findings as plain JSON."""
-    reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
+samples = _beside("samples")
+
+
+def reload(
+    folder: Path, base: str | None, revision: str | None, count: int, adapter: Path | None = None
+) -> dict[str, Any]:
+    """Load the model in `folder` (an adapter if `base` is given) and compare its logits and what it writes
+    with the reference beside it. `adapter`: where the adapter lies under names that PEFT knows, if not in
+    `folder`. Returns findings as plain JSON."""
+    reference = _reference(folder / samples.REFERENCE)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    on_gpu = reference["device"] != "cpu" and torch.cuda.is_available()
     model, loading = AutoModelForImageTextToText.from_pretrained(
         base or folder,
         revision=revision if base else None,
@@ -38,22 +47,46 @@ def reload(folder: Path, base: str | None, revision: str | None, samples: int) -
         dtype=getattr(torch, reference["dtype"]),
         attn_implementation="sdpa",
         output_loading_info=True,
+        **_quantization(reference),
     )
-    model = model.to("cuda" if on_gpu else "cpu").eval()
-    inputs = sample_inputs(processor, samples, reference["seed"])
-    logits = next_logits(model, inputs)
+    on_gpu = reference["device"] != "cpu" and torch.cuda.is_available()
+    if "quantization" not in reference:
+        model = model.to("cuda" if on_gpu else "cpu")
+    model = model.eval()
+    inputs = samples.sample_inputs(processor, count, reference["seed"])
     found: dict[str, Any] = {
         "missing_keys": sorted(loading["missing_keys"]),
         "unexpected_keys": sorted(loading["unexpected_keys"]),
     }
     if base:
-        plain = logits
-        adapted, found["adapter_tensors"] = _adapt(model, folder)
-        logits = next_logits(adapted, inputs)
-        found["effect"] = relative_difference(logits, plain)
+        model, found["adapter_tensors"] = _adapt(model, adapter or folder)
+    written = samples.greedy(model, inputs)
+    logits = [steps[0][1] for steps in written]
+    if base:  # with the adapter on: bitsandbytes repacks 4-bit weights on the CPU when they run first
+        with model.disable_adapter():
+            found["effect"] = samples.relative_difference(logits, samples.next_logits(model, inputs))
     found["finite"] = all(bool(torch.isfinite(row).all()) for row in logits)
-    found["difference"], found["same_tokens"] = compare_reference(reference, inputs, logits)
+    found["difference"], found["same_tokens"] = None, True
+    if reference["prompts"]:
+        found["difference"], found["same_tokens"] = samples.compare_reference(reference, inputs, logits)
+    found["written"] = samples.compare_written(reference, written)
     return found
+
+
+def _reference(path: Path) -> dict[str, Any]:
+    """The reference of a folder; one that nothing is compared with where there is none."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"seed": 0, "dtype": "float32", "device": "cpu", "prompts": []}
+
+
+def _quantization(reference: dict[str, Any]) -> dict[str, Any]:
+    """An adapter trained on a quantized base is compared on one."""
+    if "quantization" not in reference:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig.from_dict(dict(reference["quantization"]))}
 
 
 def _adapt(model: torch.nn.Module, folder: Path) -> tuple[Any, dict[str, int]]:
@@ -75,8 +108,10 @@ def main() -> None:
     parser.add_argument("--base")
     parser.add_argument("--revision")
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--adapter", type=Path)
     arguments = parser.parse_args()
-    found = reload(arguments.folder, arguments.base, arguments.revision, arguments.samples)
+    found = reload(arguments.folder, arguments.base, arguments.revision, arguments.samples, arguments.adapter)
+    found["ours"] = sorted(name for name in sys.modules if name.partition(".")[0] == "vfl_train")
     sys.stdout.write("\n" + json.dumps(found) + "\n")
 
 

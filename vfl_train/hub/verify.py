@@ -7,19 +7,22 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from vfl_train.errors import ConfigError, VerificationError, VflError
-from vfl_train.hub.knockout import KNOCKOUT_RECORD
-from vfl_train.hub.load import CONFIG, WEIGHTS, AdapterInfo, check_adapter
+from vfl_train.errors import ConfigError, VerificationError
+from vfl_train.hub.checks import Check, adapter_checks, check, is_adapter, merged_checks
+from vfl_train.hub.contents import MERGE_RECORD, Base, check_names, find_base, names_of
+from vfl_train.hub.keys import Names, lora_shapes
+from vfl_train.hub.load import CONFIG, PEFT_PREFIX, WEIGHTS, check_adapter
 from vfl_train.hub.manifest import verify_manifest
-from vfl_train.hub.merge import MERGE_RECORD, base_of
 from vfl_train.hub.samples import BOUNDS, REFERENCE
-from vfl_train.models.trust import check_model_folder
-from vfl_train.options import format_layers
+from vfl_train.hub.targets import adapter_config, rewritten_weights
+from vfl_train.runs import MANIFEST
 from vfl_train.schemas import read_json
 
 if TYPE_CHECKING:
@@ -30,17 +33,6 @@ MIN_EFFECT = 1e-6  # of the largest logit: less is the base model
 _RELOAD_SECONDS = 3600
 
 
-@dataclass(frozen=True)
-class Check:
-    """One entry of verification.json. `value` and `bound` are null where nothing is measured."""
-
-    name: str
-    passed: bool
-    detail: str
-    value: float | None = None
-    bound: float | None = None
-
-
 def verify(config: VerifyConfig) -> list[Check]:
     """Verify the folder of `config` and write verification.json into it (no other file is touched).
 
@@ -49,22 +41,31 @@ def verify(config: VerifyConfig) -> list[Check]:
 
     Raises:
         ConfigError: not an adapter and not a merged model, or its base is not to be had.
+        VerificationError: no vfl-train output (nothing is written into it then).
         VerificationError: a check failed; the message names the first one.
     """
     folder = Path(config.folder)
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}", "give the output of lora, merge or export")
-    is_adapter = (folder / CONFIG).is_file()
-    if not is_adapter and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds neither an adapter nor a model")
-    checks = [_check("manifest", lambda: f"{verify_manifest(folder)} files unchanged")]
+    adapter = is_adapter(folder)
+    if not adapter and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds neither an adapter nor a model", "give the output of lora, merge or export"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise VerificationError(
+            f"{folder} has no {MANIFEST}, so that nothing says what it should hold",
+            "vfl-train migrate takes in an adapter made elsewhere; else run the command that made it again",
+        )
+    checks = [check("manifest", lambda: f"{verify_manifest(folder)} files unchanged")]
     if checks[0].passed:
-        checks += _adapter_checks(folder) if is_adapter else _merged_checks(folder)
-    if all(check.passed for check in checks):
-        base, revision = _base(folder, config.base) if is_adapter else (None, None)
-        checks += _reload_checks(folder, base, revision, config.samples)
+        checks += adapter_checks(folder) if adapter else merged_checks(folder)
+    if all(c.passed for c in checks):
+        checks += _against_base(folder, config) if adapter else _merged_against_base(folder, config.base)
+    if all(c.passed for c in checks) and not adapter:
+        checks += _reload_checks(folder, None, config.samples)
     _write(folder, checks)
-    failed = [check for check in checks if not check.passed]
+    failed = [c for c in checks if not c.passed]
     if failed:
         raise VerificationError(
             f"{folder}: {failed[0].name}: {failed[0].detail}", f"all checks are in {folder / VERIFICATION}"
@@ -73,111 +74,74 @@ def verify(config: VerifyConfig) -> list[Check]:
     return checks
 
 
-def _check(name: str, measure: Callable[[], str]) -> Check:
-    """A check that passes with what `measure` says, or fails with the error it raises."""
-    try:
-        return Check(name, True, measure())
-    except VflError as e:
-        return Check(name, False, e.message)
-    except (KeyError, TypeError) as e:
-        return Check(name, False, f"a file does not follow its contract: {e!r}")
+def _against_base(folder: Path, config: VerifyConfig) -> list[Check]:
+    """Names and sizes of an adapter against its base, then the reload. Raises ConfigError, HubError."""
+    info = check_adapter(folder)
+    base = find_base(info, config.base, names_needed=True)
+    names = Names(base.skeleton.model)
+    # A server's export uses the names of the base model's files; PEFT loads today's.
+    current = {module: names.current(module) for module in info.modules}
 
+    def fits() -> str:
+        shapes = lora_shapes(folder / WEIGHTS, PEFT_PREFIX)
+        names.check_fit({current[module]: pair for module, pair in shapes.items()}, folder.name)
+        names.in_files(sorted(current.values()), base.stored)
+        return f"{len(current)} modules are in the base model and in its files, in the same sizes"
 
-def _require(condition: bool, problem: str, detail: str) -> str:
-    if not condition:
-        raise VerificationError(problem)
-    return detail
-
-
-def _adapter_checks(folder: Path) -> list[Check]:
-    checks = [_check("adapter_config", lambda: _explicit_targets(check_adapter(folder)))]
+    checks = [check("base", fits)]
     if not checks[0].passed:
         return checks
+    with _as_peft_names(folder, current) as loadable:
+        return checks + _reload_checks(folder, base, config.samples, loadable)
+
+
+@contextmanager
+def _as_peft_names(folder: Path, current: dict[str, str]) -> Iterator[Path | None]:
+    """A temporary folder with the adapter under today's names; None where it has them."""
+    if all(old == new for old, new in current.items()):
+        yield None
+        return
     info = check_adapter(folder)
-    if (folder / "plan.json").is_file():
-        checks.append(_check("plan", lambda: _as_planned(folder, info)))
-    return [*checks, _check("weights", lambda: _finite_weights(folder / WEIGHTS)), _processor_check(folder)]
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary)
+        (path / WEIGHTS).write_bytes(rewritten_weights(info, current))
+        (path / CONFIG).write_text(
+            json.dumps(adapter_config(info, sorted(current.values()))), encoding="utf-8"
+        )
+        yield path
 
 
-def _explicit_targets(info: AdapterInfo) -> str:
-    targets = info.config.get("target_modules")
-    return _require(
-        isinstance(targets, list) and set(targets) == info.modules,
-        "target_modules is not the explicit list of the modules in the weights",
-        f"explicit list of {len(info.modules)} module names",
-    )
-
-
-def _as_planned(folder: Path, info: AdapterInfo) -> str:
-    planned = set(read_json(folder / "plan.json")["module_names"])
-    return _require(
-        planned == info.modules,
-        f"the weights are of other modules than plan.json: {sorted(planned ^ info.modules)[:1]}",
-        f"{len(planned)} modules on layers {format_layers(info.layers)}, as planned",
-    )
-
-
-def _finite_weights(path: Path) -> str:
-    import torch
-    from safetensors.torch import load_file
-
-    tensors = load_file(str(path))
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    return _require(not bad, f"not finite: {bad[:1]}", f"{len(tensors)} finite tensors")
-
-
-def _processor_check(folder: Path) -> Check:
-    found = {p.name for p in folder.iterdir()}
-    processor = found & {"processor_config.json", "preprocessor_config.json"}
-    template = "chat_template.jinja" in found or "chat_template.json" in found
-    tokenizer = found & {"tokenizer.json", "tokenizer_config.json"}
-    complete = bool(processor and template and len(tokenizer) == 2)
-    detail = "processor, tokenizer and chat template are there" if complete else "processor files are missing"
-    return Check("processor_files", complete, detail)
-
-
-def _merged_checks(folder: Path) -> list[Check]:
-    def trusted() -> str:
-        check_model_folder(folder)
-        return "no key that runs code, safetensors only"
-
-    def generation() -> str:
-        there = (folder / "generation_config.json").is_file()
-        return _require(there, "generation_config.json is missing", "generation_config.json is there")
-
-    def recorded() -> str:
-        knocked_out = folder / KNOCKOUT_RECORD
-        record = read_json(knocked_out if knocked_out.is_file() else folder / MERGE_RECORD)
-        difference, bound = record["difference"]["value"], record["difference"]["bound"]
-        return _require(difference <= bound, "its making moved the logits", f"{difference:.2e} when made")
-
-    return [
-        _check("model_folder", trusted),
-        _processor_check(folder),
-        _check("generation_config", generation),
-        _check("merge", recorded),
-    ]
-
-
-def _base(folder: Path, given: str | None) -> tuple[str, str | None]:
-    """(checked folder, revision to load it at) of an adapter's base. Raises ConfigError, HubError."""
+def _merged_against_base(folder: Path, given: str | None) -> list[Check]:
+    """Names of a merged model's weights against those of its base's files, if the base is given."""
+    if given is None:
+        return []
     from vfl_train.models import local_folder
 
-    name, revision = base_of([check_adapter(folder)], given)
-    return str(local_folder(name, revision)), None
+    stored = names_of(given, None, local_folder(given, weights=False))
+
+    def same() -> str:
+        check_names(folder, stored)
+        return "all weights have names of the base model's files"
+
+    return [check("base", same)]
 
 
-def _reload_checks(folder: Path, base: str | None, revision: str | None, samples: int) -> list[Check]:
-    dtype = read_json(folder / REFERENCE)["dtype"]
+def _reload_checks(
+    folder: Path, base: Base | None, samples: int, loadable: Path | None = None
+) -> list[Check]:
     try:
-        found = reload_in_fresh_process(folder, base, revision, samples)
+        where = str(base_folder(base)) if base else None
+        found = reload_in_fresh_process(folder, where, None, samples, loadable)
     except VerificationError as e:
         return [Check("reload", False, e.message)]
     keys = [*found["missing_keys"], *found["unexpected_keys"]]
+    detail = f"{len(keys)} missing or unexpected {keys[:1]}" if keys else "all keys"
+    ours = found["ours"]
     checks = [
+        Check("reload_keys", not keys, detail),
         Check(
-            "reload_keys", not keys, f"{len(keys)} missing or unexpected {keys[:1]}" if keys else "all keys"
-        )
+            "plain", not ours, f"{ours[0]} was imported" if ours else "transformers and PEFT alone load it"
+        ),
     ]
     if base:
         count = found["adapter_tensors"]
@@ -186,26 +150,57 @@ def _reload_checks(folder: Path, base: str | None, revision: str | None, samples
         effect = found["effect"]
         detail = "change of the logits against the base, of the largest logit (at least the bound)"
         checks.append(Check("effect", effect > MIN_EFFECT, detail, effect, MIN_EFFECT))
-    difference, bound = found["difference"], BOUNDS[dtype]
-    against = "the adapter before it was saved" if base else "base and adapters before the merge"
-    detail = f"{dtype} logits against those of {against}, of the largest logit"
-    return [
-        *checks,
-        Check("finite", found["finite"], "logits are finite"),
+    checks.append(Check("finite", found["finite"], "logits are finite"))
+    if found["difference"] is None:
+        return [*checks, Check("logits", True, f"not compared: the folder has no {REFERENCE}")]
+    dtype = read_json(folder / REFERENCE)["dtype"]
+    return checks + _output_checks(found, dtype, _moved_by_merging(folder), adapter=base is not None)
+
+
+def _moved_by_merging(folder: Path) -> float:
+    """How far merging in 16 bits moved the logits from the reference, which was taken before it."""
+    if not (folder / MERGE_RECORD).is_file():
+        return 0.0
+    return float(read_json(folder / MERGE_RECORD)["difference"].get("same_format", 0.0))
+
+
+def _output_checks(found: dict[str, Any], dtype: str, moved: float, adapter: bool) -> list[Check]:
+    against = "the adapter before it was saved" if adapter else "base and adapters before the merge"
+    bound = BOUNDS[dtype] if dtype == "float32" else BOUNDS[dtype] + moved
+    checks = [
         Check("preprocessing", found["same_tokens"], "the saved processor makes the same tokens"),
-        Check("logits", difference <= bound, detail, difference, bound),
-    ]
+        Check(
+            "logits", found["difference"] <= bound,
+            f"{dtype} logits against those of {against}, of the largest logit", found["difference"], bound,
+        ),
+    ]  # fmt: skip
+    if found["written"] is not None:
+        prompts, same, gap = found["written"]
+        detail = f"{same} of {prompts} answers are the same; gap of the tokens where they part"
+        checks.append(Check("generation", gap <= bound, detail, gap, bound))
+    return checks
+
+
+def base_folder(base: Base) -> Path:
+    """The base model's folder with its weights, fetched where it is a Hub model. Raises HubError."""
+    from vfl_train.models import local_folder
+
+    return local_folder(base.name, base.revision)
 
 
 def reload_in_fresh_process(
-    folder: Path, base: str | None, revision: str | None, samples: int
+    folder: Path, base: str | None, revision: str | None, samples: int, adapter: Path | None = None
 ) -> dict[str, Any]:
     """What `vfl_train.hub.reload` finds. Raises VerificationError if it fails."""
-    command = [sys.executable, "-m", "vfl_train.hub.reload", str(folder.resolve()), "--samples", str(samples)]
+    script = Path(__file__).with_name("reload.py")
+    # -P: nothing is imported from beside the script, where this package's modules lie.
+    command = [sys.executable, "-P", str(script), str(folder.resolve()), "--samples", str(samples)]
     environment = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if base:
         command += ["--base", str(Path(base).resolve()) if Path(base).is_dir() else base]
         command += ["--revision", revision] if revision else []
+    if adapter:
+        command += ["--adapter", str(adapter)]
     if not base or Path(base).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
     try:
@@ -223,7 +218,7 @@ def reload_in_fresh_process(
 
 def _write(folder: Path, checks: list[Check]) -> None:
     """Replace verification.json in one step."""
-    value = {"passed": all(check.passed for check in checks), "checks": [asdict(check) for check in checks]}
+    value = {"passed": all(c.passed for c in checks), "checks": [asdict(c) for c in checks]}
     temporary = folder / f".{VERIFICATION}.tmp"
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / VERIFICATION)
