@@ -41,7 +41,9 @@ ABLATIONS = ("block", "blank", "nested", "knockout")
 CONTROLS = ("all", "random", "reversed")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 TARGETS = ("peft", "vllm", "sglang", "gguf")
+MIGRATIONS = ("current", "legacy")
 EMITS = ("peft", "llamafactory", "swift", "axolotl")
+SELECT_EMITS = ("llamafactory", "swift")
 OVERLONG = ("drop", "shrink-image", "error")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 PARTS = ("connector", "vision")
@@ -53,6 +55,13 @@ class ProfileConfig(ModelOptions):
 
     output: Path = output_option("profile.json, profile.png and report.html")
     adapter: str | None = option(None, metavar="A", help="LoRA adapter to put on the model first.")
+    # Not shared: a recipe's profile is what the other commands read.
+    profile: str | None = option(
+        None,
+        metavar="P",
+        shared=False,
+        help="Take this profile of the model (a path or hub:USER/NAME), checked, instead of measuring one.",
+    )
     # Not shared: select compares a row's need of every function, whichever of them is wanted.
     functions: tuple[str, ...] = functions_option("[all of the probe set]", shared=False)
     probes: Path | None = option(
@@ -82,6 +91,8 @@ class ProfileConfig(ModelOptions):
     def check(self) -> None:
         super().check()
         check_functions(self.functions)
+        if self.profile is not None and (self.adapter is not None or self.probes is not None):
+            raise ConfigError("--profile takes a finished profile", "leave --adapter and --probes out")
         at_least(self, pairs=1, control_pairs=0, batch_tokens=1, drop_points=0)
         strangers = [f for f in self.functions if self.probes is None and f not in BUILTIN_FUNCTIONS]
         if strangers:
@@ -94,9 +105,7 @@ class SelectConfig(ModelOptions):
     """`vfl-train select`."""
 
     profile: str = option(metavar="P", help="profile.json of this model, its folder, or a Hub repo.")
-    data: str = option(
-        metavar="D", help="Data to sort and pick from: LLaVA, ShareGPT or messages JSON/JSONL."
-    )
+    data: str = option(metavar="D", help="Data to sort and pick from: file, folder, shards or Hub id.")
     image_root: Path | None = image_root_option()
     budget: str = option("0.2", metavar="N", help="Share of the kept rows (below 1) or a number of rows.")
     functions: tuple[str, ...] = functions_option("[all the profile could measure]")
@@ -109,10 +118,19 @@ class SelectConfig(ModelOptions):
     )
     layer_rule: str = layer_rule_option()
     fill: bool = option(False, help="Complete the budget by score when the wanted buckets hold too few rows.")
+    cap_per_source: str | None = option(
+        None, metavar="N", help="Most rows of one source: a share of the budget (below 1) or a number."
+    )
+    emit: str | None = option(
+        None, choices=SELECT_EMITS, help="Write side files with which this trainer reads the selection."
+    )
     from_scores: Path | None = option(
         None, metavar="DIR", help="Output of an earlier select: pick again without running the model."
     )
     batch_tokens: int = option(8192, help="Tokens a batch may hold; lower it when memory runs out.")
+    num_processes: int | None = option(
+        None, help="Processes of this machine to score with. [one a GPU; 1 on the CPU]"
+    )
     output: Path = output_option("the selected rows, scores and report")
     overwrite: bool = overwrite_option()
     dry_run: bool = dry_run_option()
@@ -120,8 +138,10 @@ class SelectConfig(ModelOptions):
     def check(self) -> None:
         super().check()
         check_functions(self.functions)
-        at_least(self, batch_tokens=1)
+        at_least(self, batch_tokens=1, num_processes=1)
         budget_rows(self.budget, 1)
+        if self.cap_per_source is not None:
+            budget_rows(self.cap_per_source, 1, "--cap-per-source")
         if self.mix is not None:
             self._check_mix(parse_weights(self.mix, "--mix"))
 
@@ -154,7 +174,7 @@ class LoraConfig(ModelOptions):
         excludes=("functions",),
     )
     layer_rule: str = layer_rule_option()
-    data: str = option(metavar="D", help="Training data: LLaVA, ShareGPT or messages JSON/JSONL.")
+    data: str = option(metavar="D", help="Training data: file, folder, shards or Hub id.")
     image_root: Path | None = image_root_option()
     output: Path = output_option("the adapter")
     control: str | None = option(
@@ -181,6 +201,9 @@ class LoraConfig(ModelOptions):
         None, metavar="D", help="Rows to measure the loss on while training. [a share of --data]"
     )
     eval_share: float = option(0.0, help="Share of --data held out for that.")
+    early_stopping_patience: int = option(
+        0, help="Stop after so many validations without a lower loss; 0: never."
+    )
     cache_prefix: bool = option(False, help="Compute the layers below the lowest trained one only once.")
     cache_dir: Path | None = option(
         None,
@@ -192,6 +215,9 @@ class LoraConfig(ModelOptions):
     )
     num_processes: int | None = option(
         None, help="Processes of this machine to train with. [one a GPU; 1 on the CPU]"
+    )
+    ddp_timeout: int = option(
+        120, help="Seconds to wait for a process that does not answer, before the run is given up."
     )
     allow_config_change: tuple[str, ...] = option(
         (), metavar="KEY,..", help="Settings that may differ from those of the run that is resumed."
@@ -223,16 +249,13 @@ class LoraConfig(ModelOptions):
     load_best_model_at_end: bool = option(
         False, group="training", help="Keep the adapter of the lowest validation loss, not the last one."
     )
-    early_stopping_patience: int = option(
-        0, group="training", help="Stop after so many validations without a lower loss; 0: never."
-    )
     activation_checkpointing: bool = option(
         False,
         group="training",
         help="Compute activations of the adapted layers again in backward: less memory, more time.",
     )
     attn_implementation: str = option(
-        "sdpa", choices=ATTENTIONS, group="training", help="Attention of the model while training."
+        "sdpa", choices=ATTENTIONS, group="model", help="Attention of the model while training."
     )
     report_to: str = option("none", group="training", help="none, tensorboard, wandb, ...")
     bf16: bool | None = option(None, group="training", help="bfloat16 training. [where the device has it]")
@@ -266,7 +289,7 @@ class LoraConfig(ModelOptions):
         )
         at_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1, logging_steps=1)
         at_least(self, max_steps=-1, warmup_steps=0, weight_decay=0, max_grad_norm=0, save_steps=0)
-        at_least(self, dataloader_num_workers=0)
+        at_least(self, dataloader_num_workers=0, ddp_timeout=1)
         if self.eval_share >= 1:
             raise ConfigError(f"--eval-share must be below 1, not {self.eval_share}")
         validates = self.eval_data is not None or self.eval_share > 0
@@ -286,6 +309,12 @@ class EvalConfig(ModelOptions):
     """`vfl-train eval`."""
 
     adapter: str | None = option(None, metavar="A", help="Adapter to judge; its base is measured beside it.")
+    base: str | None = option(
+        None,
+        metavar="NAME",
+        shared=False,
+        help="Another model to measure beside --model, question by question: of a merged model, its base.",
+    )
     probes: Path | None = option(
         None, metavar="DIR", excludes=("data",), help="Folder with probe pairs. [the built-in ones]"
     )
@@ -295,9 +324,10 @@ class EvalConfig(ModelOptions):
     )
     match: str = option(
         "exact",
-        choices=MATCHES,
+        choices=(*MATCHES, "number"),
         shared=False,
-        help="How rows of --data are judged: the same text, the option named first, or boxes that overlap.",
+        help="How rows of --data are judged: the same text, the option named first, boxes that overlap, or "
+        "the one number said.",
     )
     image_root: Path | None = image_root_option()
     # Not shared: forgetting shows in the functions that were not trained.
@@ -358,8 +388,10 @@ class EvalConfig(ModelOptions):
         if self.fail_if_drop is not None:
             for name in parse_weights(self.fail_if_drop, "--fail-if-drop"):
                 check_function_name(name)
-            if self.adapter is None:
-                raise ConfigError("--fail-if-drop compares an adapter with its base", "give --adapter too")
+            if self.adapter is None and self.base is None:
+                raise ConfigError("--fail-if-drop compares with a base", "give --adapter, or --base")
+        if self.adapter is not None and self.base is not None:
+            raise ConfigError("an adapter is compared with the model it sits on", "leave --base out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,14 +432,34 @@ class MergeConfig(Config):
     model: str | None = option(None, metavar="NAME", help="Base model. [the one the adapters name]")
     output: Path = output_option("the merged model")
     allow_overlap: bool = option(False, help="Merge adapters that share layers; their updates add up.")
-    dtype: str = option("auto", choices=DTYPES, help="Number format of the merged weights.")
+    dtype: str = option(
+        "auto", choices=DTYPES, help="Number format of the merged weights; auto: that of the base's files."
+    )
     device: str = option("auto", help="auto, cpu, mps, cuda or cuda:N.")
+    # What the merge is scored on. Not shared: a recipe's data is what the adapters were trained on.
+    probes: Path | None = option(
+        None, metavar="DIR", excludes=("data",), shared=False, help="Probe pairs to score on. [the built-in]"
+    )
+    data: str | None = option(
+        None, metavar="D", shared=False, excludes=("probes",), help="Score on the answers of these rows."
+    )
+    match: str = option(
+        "exact", choices=(*MATCHES, "number"), shared=False, help="How rows of --data are judged."
+    )
+    image_root: Path | None = image_root_option()
+    pairs: int = option(10, shared=False, help="Score on so many probe pairs a function; 0: no score.")
+    seed: int = option(0, help="Seed of everything random.")
     overwrite: bool = overwrite_option()
 
     def check(self) -> None:
         check_device(self.device)
+        at_least(self, pairs=0, seed=0)
         if not self.adapters:
             raise ConfigError("no adapter to merge", "vfl-train merge ADAPTER [ADAPTER ...] --output DIR")
+        if self.probes is not None and self.data is not None:
+            raise ConfigError("--probes and --data exclude each other", "give one of them")
+        if self.match != "exact" and self.data is None:
+            raise ConfigError("--match is for --data", "each probe pair says itself how it is judged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,21 +467,55 @@ class ExportConfig(Config):
     """`vfl-train export`."""
 
     source: Path = option(
-        argument=True, metavar="DIR", help="Adapter or merged model to export; with --knockout, any model."
+        argument=True,
+        metavar="DIR",
+        help="Adapter, merged model, profile or selection; with --knockout, any model.",
     )
     output: Path = output_option("what can be published")
     target: str = option("peft", choices=TARGETS, help="Who will load it.")
+    base: str | None = option(None, metavar="NAME", help="Base model. [the one the source names]")
+    allow_vision: bool = option(
+        False, help="Export LoRA on the vision tower for vllm too, where it is an experiment."
+    )
     push_to_hub: str | None = option(
         None, metavar="USER/NAME", help="Upload there too; the token is the one of `hf auth login`."
+    )
+    private: bool = option(False, help="With --push-to-hub: nobody else may see it.")
+    base_model_id: str | None = option(
+        None,
+        metavar="ORG/NAME",
+        help="What the base is on the Hub, if it is a folder here; @COMMIT may follow.",
+    )
+    scorecard: Path | None = option(
+        None,
+        metavar="FILE",
+        help="scorecard.json of these weights, for the card: what was gained and forgotten.",
+    )
+    with_rows: bool = option(
+        False, help="Of a selection the picked rows too, of a profile the questions of your own probes."
     )
     knockout: Path | None = option(
         None, metavar="FILE", help="knockout.json whose layer is knocked out for good."
     )
+    dry_run: bool = dry_run_option()
     overwrite: bool = overwrite_option()
 
     def check(self) -> None:
         if self.push_to_hub is not None and not re.match(r"[\w.-]+/[\w.-]+\Z", self.push_to_hub):
             raise ConfigError(f"--push-to-hub must be USER/NAME, not {self.push_to_hub!r}")
+        if self.private and self.push_to_hub is None:
+            raise ConfigError("--private is for --push-to-hub", "give it too, or leave --private out")
+        if self.push_to_hub is not None and self.knockout is not None:
+            raise ConfigError(
+                "--knockout and --push-to-hub exclude each other",
+                "export the knocked-out model first, look at it, then export that folder with --push-to-hub",
+            )
+        if self.base_model_id is not None and not re.match(
+            r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?\Z", self.base_model_id
+        ):
+            raise ConfigError(
+                f"--base-model-id must be ORG/NAME or ORG/NAME@COMMIT, not {self.base_model_id!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +538,12 @@ class MigrateConfig(Config):
         argument=True, metavar="ADAPTER", help="Adapter with key names of an older version."
     )
     output: Path = output_option("the renamed adapter")
+    to: str = option(
+        "current",
+        choices=MIGRATIONS,
+        help="Names to give: today's, or those before transformers 4.52 (legacy).",
+    )
+    model: str | None = option(None, metavar="NAME", help="Base model. [the one the adapter names]")
     overwrite: bool = overwrite_option()
 
 
@@ -481,15 +573,28 @@ class DataConfig(Config):
         choices=("check", "preview"),
         help="check: count and name bad rows; preview: show the first ones as the model will see them.",
     )
-    data: str = option(argument=True, metavar="D", help="The data file.")
+    data: str = option(
+        argument=True, metavar="D", help="File, folder, pattern of shards, or data set of the Hub."
+    )
     image_root: Path | None = image_root_option()
-    model: str = option("phantom", metavar="NAME", help="Whose processor preview shows the rows through.")
+    model: str = option("phantom", metavar="NAME", help="Whose processor the rows are shown through.")
     revision: str | None = option(None, metavar="COMMIT", help="Commit of a Hub model.")
     max_pixels: int | None = option(None, help="Largest image the processor passes on, in pixels.")
+    max_length: int | None = option(
+        None, help="Of check: encode every row with the model's processor and count those longer than this."
+    )
     limit: int | None = option(None, help="Look at this many rows only.")
+    strict: bool = option(False, help="Of check: fail (exit 3) if any row is unusable, not only if all are.")
+    output: Path | None = option(
+        None,
+        metavar="DIR",
+        help="Of check: folder to write quarantine.jsonl and report.json to.",
+        shared=False,
+    )
+    overwrite: bool = overwrite_option()
 
     def check(self) -> None:
-        at_least(self, limit=1, max_pixels=1)
+        at_least(self, limit=1, max_pixels=1, max_length=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -267,7 +267,7 @@ def parse_weights(text: str, option_name: str) -> dict[str, float]:
     return weights
 
 
-def budget_rows(budget: str, kept: int) -> int:
+def budget_rows(budget: str, kept: int, option_name: str = "--budget") -> int:
     """Rows that `budget` allows of `kept` rows: a share below 1 (rounded down, at least 1) or a row count.
 
     Computed on exact fractions: 0.29 of 100 rows is 29, which floating point would round down to 28.
@@ -281,7 +281,7 @@ def budget_rows(budget: str, kept: int) -> int:
         share = Fraction(0)
     if not 0 < share < 1:
         raise ConfigError(
-            f"--budget must be a share between 0 and 1 or a number of rows, not {budget!r}",
+            f"{option_name} must be a share between 0 and 1 or a number of rows, not {budget!r}",
             "0.2 takes a fifth of the rows, 500 takes five hundred",
         )
     return max(1, math.floor(share * kept))

@@ -122,7 +122,7 @@ class Recipe:
         known = specs(config_class)
         if self.name is not None and "output" in known:
             values.setdefault("output", self.project / command)
-        if "profile" in known and "layers" not in values:
+        if "profile" in known and known["profile"].shared and "layers" not in values:
             values.setdefault("profile", self._default_profile())
         return config_class.bind(values)
 

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from vfl_train.cli import main
 from vfl_train.cli.command import config_of
 from vfl_train.cli.main_group import CliState
-from vfl_train.errors import ConfigError
 from vfl_train.options import specs
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "matplotlib", "pyarrow", "numpy", "PIL")
@@ -121,16 +120,3 @@ def test_env_shows_no_paths(monkeypatch) -> None:
     assert result.exit_code == 0
     assert "torch" in result.output and "device" in result.output
     assert "/" not in result.output and "hf_xx" not in result.output
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        "migrate adapter --output o",
-        "plan --profile p --functions ocr --emit swift",
-    ],
-)
-def test_what_is_not_there_refuses_in_one_sentence(args: str) -> None:
-    result = CliRunner().invoke(main, args.split())
-    assert result.exit_code == ConfigError.exit_code
-    assert "not there yet" in result.stderr and len(result.stderr.splitlines()) == 1

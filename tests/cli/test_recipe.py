@@ -48,7 +48,7 @@ def parse(*args: str) -> Config:
 
 
 def test_bundled_recipes_are_there() -> None:
-    assert bundled() == ["quickstart", "vfl_lora"]
+    assert {"quickstart", "vfl_lora"} < set(bundled())  # those of models: tests/recipes
 
 
 @pytest.mark.parametrize("name", bundled())
