@@ -57,7 +57,7 @@ fi
 where=(--profile "$PROFILE" --functions "$FUNCTIONS")
 [ -z "$LAYERS" ] || where=(--layers "$LAYERS")
 
-processes=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+processes=${PROCESSES:-$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)}
 [ "$processes" -gt 0 ] || processes=1
 accumulate=$((ROWS_A_STEP / (ROWS_A_DEVICE * processes)))
 [ "$accumulate" -gt 0 ] || accumulate=1

@@ -68,6 +68,7 @@ def page_of(full_profile, profile_of, function_of, probes_of):
         bucket = dict.fromkeys(("name", "rows", "share", "picked", "picked_share"), text)
         return page(
             "select.html", text, text, facts=[(text, text)], buckets=[bucket], picked=shown, rejected=shown,
+            by_function="data:image/png;base64,", by_source=None, doubted=shown, flags=[(text, text, 2)],
             quarantine=[(text, 3)],
         )  # fmt: skip
 
