@@ -82,6 +82,7 @@ def signals(tiny: Path, root: Path) -> dict[str, Any]:
         config = tiny_config(tiny, output, **changes)
 
         def call(prepare: Callable[[], None] = prepare, config: LoraConfig = config) -> int:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell leaves it ignored
             prepare()
             return as_command(config)
 

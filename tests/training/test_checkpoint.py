@@ -202,7 +202,7 @@ def test_a_hundred_kills_leave_no_invalid_newest(tmp_path: Path) -> None:
         leftovers += any(tmp_path.glob(".tmp-*"))
         clean(tmp_path)
         assert all(p.name.startswith("step-") for p in tmp_path.iterdir())
-    assert leftovers > 20 and last > 10, "the kills did not hit the writing"
+    assert leftovers > 20 and last > 3, "the kills did not hit the writing, or none was finished"
 
 
 def test_a_kill_at_every_write_boundary_leaves_the_old_or_the_new(tmp_path: Path) -> None:
