@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from processors import (
@@ -219,8 +222,21 @@ VARIANTS = {"gemma3_short_window": gemma3_short_window}  # families in a form th
 UNREGISTERED = {"idefics3": idefics3}
 
 
+def _builder(name: str) -> Callable[..., tuple[torch.nn.Module, object]]:
+    """`build` of tests/support/tiny/NAME.py, imported when it is called."""
+    return lambda seed=0: importlib.import_module(f"tiny.{name}").build(seed)
+
+
+# Families with a file of their own: found by it, tried by the conformance suite (tests/models) alone.
+MORE = {
+    path.stem: _builder(path.stem)
+    for path in sorted((Path(__file__).parent / "tiny").glob("*.py"))
+    if not path.stem.startswith("_")
+}
+
+
 @lru_cache(maxsize=16)
 def tiny_vlm(family: str) -> VisionLanguageModel:
     """One tiny model a family or variant, float32 on the CPU. Shared: leave it as you found it."""
-    model, processor = {**FAMILIES, **VARIANTS, **UNREGISTERED}[family]()
+    model, processor = {**FAMILIES, **VARIANTS, **UNREGISTERED, **MORE}[family]()
     return VisionLanguageModel(model, processor, f"tiny-{family}")

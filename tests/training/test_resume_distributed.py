@@ -44,15 +44,9 @@ def test_two_processes_resume_to_the_bit_and_stop_together(
     )  # fmt: skip
     found = [json.loads((tmp_path / f"rank-{rank}.found").read_text()) for rank in (0, 1)]
     assert "step-000002" in found[0]["left"] and "step-000003" not in found[0]["left"]
-    # Under ZeRO the optimizer state differs after a resume in some runs, while the adapter never did: a fault
-    # that is known and not understood yet.
-    unsure = () if strategy == "ddp" else ("optimizer.safetensors",)
     for its in found:
         assert its["resumed"]["final"] == its["whole"]["final"]
-    whole, resumed = (
-        {k: v for k, v in found[0][run].items() if k not in unsure} for run in ("whole", "resumed")
-    )
-    assert resumed == whole and "adapter_model.safetensors" in whole
+    assert found[0]["resumed"] == found[0]["whole"] and "adapter_model.safetensors" in found[0]["whole"]
     assert {"optimizer.safetensors", "rng.safetensors", "scheduler.json"} <= found[0]["whole"].keys()
     rows = ", ".join(map(str, found[1]["poisoned"]["rows"][-1:]))
     for its in found:

@@ -157,10 +157,11 @@ def _state_of(base: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dic
         return dict(base.state[parameter])
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    # Sorted: each value is summed over all processes, which must ask for the same one at the same time.
     flat: Mapping[str, Any] = next(iter(base.state.values()), {})
     return {
         key: value if value.numel() == 1 else safe_get_full_optimizer_state(parameter, key)
-        for key, value in ((k, torch.as_tensor(v)) for k, v in flat.items())
+        for key, value in ((k, torch.as_tensor(flat[k])) for k in sorted(flat))
     }
 
 
@@ -272,8 +273,9 @@ def _json(value: Any) -> bytes:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, by name: safetensors gives them in another order in every process."""
     try:
-        return load(path.read_bytes())
+        return dict(sorted(load(path.read_bytes()).items()))
     except (OSError, SafetensorError) as e:
         raise VerificationError(f"{path} cannot be read: {e}", "remove this checkpoint") from e
 
