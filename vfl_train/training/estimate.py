@@ -208,6 +208,7 @@ def probe(
     from vfl_train.training.adapter import apply_lora
     from vfl_train.training.frozen import limit_backward
     from vfl_train.training.rows import fit
+    from vfl_train.training.supervised import supervised_only
     from vfl_train.training.trainer import train
 
     vlm, plan = load()
@@ -220,7 +221,7 @@ def probe(
     limit_backward(vlm, plan, recompute=config.activation_checkpointing)
     short = dataclasses.replace(config, max_steps=STEPS, report_to="none", save_steps=0, deepspeed=None)
     clock = _Clock(vlm.device)
-    with tempfile.TemporaryDirectory(prefix="vfl-train-") as scratch:
+    with supervised_only(vlm), tempfile.TemporaryDirectory(prefix="vfl-train-") as scratch:
         log_path = Path(scratch) / "log.jsonl"
         collator = rows.train.collator(vlm.encoder)
         train(adapted, vlm.processor, rows.rows, collator, short, log_path, callbacks=[clock])

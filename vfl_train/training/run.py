@@ -175,6 +175,7 @@ def _train_and_save(
     from vfl_train.training.mixed import same_modules
     from vfl_train.training.prefix_cache import prefix_cached
     from vfl_train.training.resume import Checkpoints, adapter_files
+    from vfl_train.training.supervised import supervised_only
     from vfl_train.training.trainer import autocast_of, train
     from vfl_train.training.validation import watch
 
@@ -198,6 +199,7 @@ def _train_and_save(
                 digest=weights_digest(vlm), autocast=autocast_of(config, vlm.device),
             )  # fmt: skip
             collate = undo.enter_context(cached)
+        undo.enter_context(supervised_only(vlm))
         curves, validation = watch(config, vlm, dataset, adapted, run.path(CHECKPOINTS))
         metrics = train(
             adapted, vlm.processor, dataset.rows, collate, config, run.path(LOG), checkpoints,
