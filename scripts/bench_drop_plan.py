@@ -17,27 +17,22 @@ same tokens and logits, nothing is timed. On a CPU the processor's seconds count
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import lru_cache, partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench.measuring import hardware, interleaved
+from bench import command
+from bench.measuring import interleaved
 from bench.models import PRESETS, Shape, build_batch, build_model, no_processor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LogitsProcessor
 
-from vfl_train.cpu import keep_freed_memory
 from vfl_train.interventions.drop_plan import drop_images_from
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.batching import stack
@@ -204,11 +199,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     prompt = bench.inputs["input_ids"].shape[1]
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(args.device), "device": args.device,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("vfl-train", "torch", "transformers")},
-        "preset": args.preset, "dtype": args.dtype, "shape": asdict(shape), "prompt_tokens": prompt,
+        **command.circumstances(args, ("vfl-train", "torch", "transformers")),
+        "device": args.device, "preset": args.preset, "shape": asdict(shape), "prompt_tokens": prompt,
         "image_tokens": bench.span[1] - bench.span[0], "new_tokens": args.new,
         "median": median, "seconds": {name: asdict(of) for name, of in seconds.items()},
         "over_untouched": {
@@ -254,32 +246,17 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> int:
     """Exit code 1: plan and masks differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=PREFIX, default="cpu")
+    parser = command.parser_of(__doc__, PREFIX, TOLERANCE, threads=1)
     parser.add_argument("--layers", type=lambda text: [int(k) for k in text.split(",")], help="4,8,10")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--new", type=int, default=17, help="tokens to generate, at least 2")
-    parser.add_argument("--device", help="default: cuda for 7b, else cpu")
-    parser.add_argument("--dtype", choices=TOLERANCE, help="default: bfloat16 for 7b")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not")
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
-    args = parser.parse_args()
+    args = command.settled(parser)
     if args.new < 2:
         parser.error("--new must be at least 2")
-    large = args.preset == "7b"
     args.layers = args.layers or list(LAYERS[args.preset])
-    args.device = args.device or ("cuda" if large else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if large else "float32")
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
 
     report = run(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
-    return 0
+    return command.concluded(args, report, table(report))
 
 
 if __name__ == "__main__":

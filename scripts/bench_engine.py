@@ -22,24 +22,18 @@ is timed. Beside wall time the processor's is kept: other load on the machine mo
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench.measuring import Runs, hardware, interleaved, peak_bytes
+from bench import command
+from bench.measuring import Runs, agreement, interleaved, medians, peak_bytes
 from bench.models import PRESETS, Batch, Shape, build_batch, build_model, no_processor, twin
 
-from vfl_train.cpu import keep_freed_memory
 from vfl_train.interventions.intervention import BASE, drop
 from vfl_train.interventions.readout import Cost, Row, read_out
 from vfl_train.models import VisionLanguageModel
@@ -171,21 +165,10 @@ def memory(sides: dict[str, Side], shape: Shape, dtype: torch.dtype, device: str
     }
 
 
-def agreement(results: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
-    """Largest difference in log-probability between ours and each side, and the largest effect of a drop
-    for comparison (without one, agreement would mean nothing). Raises SystemExit beyond `tolerance`."""
-    ours = results.pop("ours")
-    different = {name: float((ours[: len(r)] - r).abs().max()) for name, r in results.items()}
-    if max(different.values()) > tolerance:
-        raise SystemExit(f"the sides disagree by more than {tolerance} nats: {different}")
-    return different | {"largest_effect": float((ours[1:] - ours[:1]).abs().max())}
-
-
 def ratios(shape: Shape, runs: dict[str, Runs], cost: Cost) -> tuple[dict[str, float], dict[str, float]]:
     """(limits, measured). `of_limit`: naive over ours as a share of (L + 1) / limit_p1, which counts the
     last layer in full; ours computes it for answer positions only, which `of_executed_limit` takes off."""
-    wall = {name: statistics.median(r.wall) for name, r in runs.items()}
-    cpu = {name: statistics.median(r.cpu) for name, r in runs.items()}
+    wall, cpu = medians(runs)
     executed = cost.token_layers + cost.last_layer_tokens
     naive = (shape.layers + 1) * shape.batch * shape.tokens * shape.layers
     limits = {
@@ -215,12 +198,7 @@ BARS = {  # what, sign, bar; nnsight_skip has none: its limit lies below them
 
 def bars(preset: str, shape: Shape, measured: dict[str, float]) -> list[dict[str, Any]]:
     """The bars that what was measured can be held to."""
-    out = []
-    for what, sign, bar in BARS["7b-long" if preset == "7b" and shape.prefix >= 1500 else preset]:
-        if (value := measured.get(what)) is not None:
-            met = value >= bar if sign == ">=" else value <= bar
-            out.append({"what": what, "bar": f"{sign} {bar:.4g}", "measured": value, "met": met})
-    return out
+    return command.held_to(BARS["7b-long" if preset == "7b" and shape.prefix >= 1500 else preset], measured)
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -235,14 +213,13 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     same = agreement({name: run() for name, run in sides.items()}, TOLERANCE[args.dtype])
     runs = interleaved(sides, args.repeats, args.warmup, args.device, often=("plain", "ours"))
     used, cost = memory(sides, shape, dtype, args.device), count()
+    wall, _ = medians(runs)
     limits, measured = ratios(shape, runs, cost)
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(args.device),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages(args.peers)},
-        "preset": args.preset, "dtype": args.dtype, "path": args.path, "shape": asdict(shape),
-        "seconds_median": {name: statistics.median(r.wall) for name, r in runs.items()},
-        "seconds_median_per_image": {n: statistics.median(r.wall) / shape.batch for n, r in runs.items()},
+        **command.circumstances(args, packages(args.peers)),
+        "preset": args.preset, "path": args.path, "shape": asdict(shape),
+        "seconds_median": wall,
+        "seconds_median_per_image": {name: seconds / shape.batch for name, seconds in wall.items()},
         "seconds": {name: asdict(r) for name, r in runs.items()},
         "ratios": measured, "limits": limits,
         "token_layers": asdict(cost) | {"formula": shape.token_layers},
@@ -280,45 +257,22 @@ def table(report: dict[str, Any]) -> str:
         f"peak {mib['ours_peak_bytes']}, plain forward {mib['plain_peak_bytes']}, "
         f"row-replicated KV {mib['row_replicated_kv_bytes']}",
     ]
-    for bar in report["bars"]:
-        verdict = "met" if bar["met"] else "MISSED"
-        lines.append(f"{bar['what']:<24}{bar['measured']:>8.3f}  bar {bar['bar']:<10}{verdict}")
-    return "\n".join(lines)
+    return "\n".join(lines + command.bar_lines(report))
 
 
 def main() -> int:
     """Exit code 1: a bar is missed and --check was given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--device", help="default: cuda for 7b, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 for 7b")
-    parser.add_argument("--threads", type=int, default=2)
-    for name in ("prefix", "suffix", "layers", "batch"):
-        parser.add_argument(f"--{name}", type=int, help="default: the preset's")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, at least 7 for --check")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not, after a first run of each")
-    parser.add_argument("--peers", default=",".join(PEERS), type=lambda text: text.split(","))
+    parser = command.parser_of(__doc__, PRESETS, TOLERANCE)
+    command.add_sizes(parser, ("prefix", "suffix", "layers", "batch"))
+    parser.add_argument("--peers", default=",".join(PEERS), type=partial(command.names_in, PEERS))
     parser.add_argument("--path", choices=["engine", "reference"], default="engine", help="what ours runs")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
-    args = parser.parse_args()
-    if unknown := set(args.peers) - set(PEERS):
-        parser.error(f"no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    command.add_check(parser)
+    args = command.settled(parser)
     if set(args.peers) - {"naive"} and find_spec("nnsight") is None:
         parser.error("nnsight is not installed: pip install 'vfl-train[bench]', or give --peers naive")
-    if args.check and args.repeats < 7:
-        parser.error("--check needs at least 7 repeats")
-    large = args.preset == "7b"
-    args.device = args.device or ("cuda" if large else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if large else "float32")
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
 
     report = bench(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
-    return int(args.check and not all(bar["met"] for bar in report["bars"]))
+    return command.concluded(args, report, table(report))
 
 
 if __name__ == "__main__":

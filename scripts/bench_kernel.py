@@ -23,7 +23,6 @@ is reported as such; ours must not.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -49,6 +48,7 @@ from bench.attention import (
     ours,
     two_calls,
 )
+from bench.command import save
 from bench.measuring import hardware
 from torch.nn.attention import SDPBackend
 
@@ -360,8 +360,7 @@ def main() -> int:
         parser.error("--check needs the preset h200 and at least 20 repeats")
 
     report = bench(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save(report, args.output)
     if args.tune:
         return 0
     print(f"{report['hardware']}, {args.dtype}, {report['versions']}, {report['date']}")

@@ -23,24 +23,19 @@ answer positions only, on all sides. Unless all sides agree on every loss, nothi
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench.measuring import Runs, hardware, interleaved
+from bench import command
+from bench.measuring import Runs, agreement, interleaved, medians
 from bench.models import PRESETS, Batch, Shape, build_batch, build_model, no_processor, twin
 from peft import LoraConfig, get_peft_model
 
-from vfl_train.cpu import keep_freed_memory
 from vfl_train.interventions import Row, drop, read_out
 from vfl_train.interventions.readout import Cost
 from vfl_train.models import VisionLanguageModel
@@ -181,20 +176,6 @@ def build_sides(args: argparse.Namespace, shape: Shape) -> tuple[dict[str, Side]
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def agreement(results: dict[str, torch.Tensor], tolerance: float) -> dict[str, float]:
-    """Largest difference in loss between ours and each side, and the largest effect of a branch for
-    comparison (without one, agreement would mean nothing). Raises SystemExit beyond `tolerance`."""
-    ours = results["ours"]
-    different = {
-        name: float((ours[: len(r)] - r).abs().max())
-        for name, r in results.items()
-        if name not in ("ours", "ours_deep")
-    }
-    if max(different.values()) > tolerance:
-        raise SystemExit(f"the sides disagree by more than {tolerance} nats: {different}")
-    return different | {"largest_effect": float((ours[1:] - ours[:1]).abs().max())}
-
-
 def formula(shape: Shape, layers: list[list[int]]) -> int:
     """Token-layers of the sweep, the last layer apart: prefix and base at every layer, a branch from its
     first layer on (dropping the image everywhere begins at layer 0)."""
@@ -206,8 +187,7 @@ def formula(shape: Shape, layers: list[list[int]]) -> int:
 def ratios(runs: dict[str, Runs], shape: Shape, functions: int) -> dict[str, float]:
     """What the bars are held to, from medians of wall time; `_cpu` of processor time. `limit_*`: naive over
     ours if nothing but token-layers took time, the head and the last layer's savings left out."""
-    wall = {name: statistics.median(r.wall) for name, r in runs.items()}
-    cpu = {name: statistics.median(r.cpu) for name, r in runs.items()}
+    wall, cpu = medians(runs)
     out = {}
     for ours in ("ours", "ours_deep"):
         starts = [min(k) for k in function_layers(shape.layers, functions, ours == "ours_deep")]
@@ -233,11 +213,7 @@ BARS = {
 
 def bars(preset: str, measured: dict[str, float]) -> list[dict[str, Any]]:
     """The bars of a preset, held to its most expensive sweep."""
-    out = []
-    for what, sign, bar in BARS.get(preset, []):
-        met = measured[what] >= bar if sign == ">=" else measured[what] <= bar
-        out.append({"what": what, "bar": f"{sign} {bar}", "measured": measured[what], "met": met})
-    return out
+    return command.held_to(BARS.get(preset, []), measured)
 
 
 def throughput(runs: dict[str, Runs], shape: Shape) -> dict[str, float]:
@@ -255,7 +231,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     shape = replace(PRESETS[args.preset], **wanted)
     shape = replace(shape, answer=min(ANSWER, shape.suffix // 2))
     sides, counted = build_sides(args, shape)
-    same = agreement({name: run() for name, run in sides.items()}, TOLERANCE[args.dtype])
+    results = {name: run() for name, run in sides.items()}
+    same = agreement(results, TOLERANCE[args.dtype], ours=("ours", "ours_deep"))
     if args.preset == "7b":
         sides["vision"] = vision_side(shape, args.device, getattr(torch, args.dtype))
     runs = interleaved(sides, args.repeats, args.warmup, args.device, often=("ours", "ours_deep"))
@@ -266,12 +243,9 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         for name, cost in counted.items()
     }
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(args.device),
-        "versions": {"python": platform.python_version()}
-        | {n: version(n) for n in ("vfl-train", "torch", "transformers", "peft")},
-        "preset": args.preset, "dtype": args.dtype, "functions": args.functions, "shape": asdict(shape),
-        "seconds_median": {name: statistics.median(r.wall) for name, r in runs.items()},
+        **command.circumstances(args, ("vfl-train", "torch", "transformers", "peft")),
+        "preset": args.preset, "functions": args.functions, "shape": asdict(shape),
+        "seconds_median": medians(runs)[0],
         "seconds": {name: asdict(r) for name, r in runs.items()},
         "ratios": measured, "throughput": throughput(runs, shape), "token_layers": executed,
         "loss_difference": same, "bars": bars(args.preset, measured),
@@ -298,40 +272,19 @@ def table(report: dict[str, Any]) -> str:
         )
     speed = report["throughput"]
     lines.append(f"{speed['samples_per_second']:.2f} samples/s, {speed['hours_for_665k']:.1f} h for 665 000")
-    for bar in report["bars"]:
-        verdict = "met" if bar["met"] else "MISSED"
-        lines.append(f"{bar['what']:<28}{bar['measured']:>8.3f}  bar {bar['bar']:<10}{verdict}")
-    return "\n".join(lines)
+    return "\n".join(lines + command.bar_lines(report))
 
 
 def main() -> int:
     """Exit code 1: a bar is missed and --check was given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", "--shape", choices=PRESETS, default="cpu")
-    parser.add_argument("--device", help="default: cuda for 7b, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 for 7b")
+    parser = command.parser_of(__doc__, PRESETS, TOLERANCE)
+    command.add_sizes(parser, ("prefix", "suffix", "batch"))
     parser.add_argument("--functions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    for name in ("prefix", "suffix", "batch"):
-        parser.add_argument(f"--{name}", type=int, help="default: the preset's")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count, at least 7 for --check")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not, after a first run of each")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
-    args = parser.parse_args()
-    if args.check and args.repeats < 7:
-        parser.error("--check needs at least 7 repeats")
-    large = args.preset == "7b"
-    args.device = args.device or ("cuda" if large else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if large else "float32")
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    command.add_check(parser)
+    args = command.settled(parser)
 
     report = bench(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
-    return int(args.check and not all(bar["met"] for bar in report["bars"]))
+    return command.concluded(args, report, table(report))
 
 
 if __name__ == "__main__":

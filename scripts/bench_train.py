@@ -8,6 +8,9 @@ The sides; LoRA of rank 16 on all seven linears of a decoder layer, frozen weigh
 trl       TRL's SFTTrainer with its defaults, LoRA on all layers of the language model. Its default is
           activation checkpointing, which takes backward through every layer and the vision tower.
 all       the same with checkpointing switched off: what a user with memory to spare runs
+all_supervised  the same as all, with what lies behind the last layer's keys computed at supervised positions
+          only, as ours does. TRL's loss head does that on CUDA; elsewhere it scores every position, so that
+          against `all` a CPU shows more than a GPU will. This side shows what the choice of layers saves.
 ours      `vfl-train lora` on the adapted layers
 ours_recomputed   the same with --activation-checkpointing
 cached    the same as ours with --cache-prefix, as from the second epoch on
@@ -28,9 +31,7 @@ Beside each ratio stands the unit model's: forwards of one decoder layer, LoRA's
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import statistics
 import sys
 import tempfile
 import time
@@ -39,14 +40,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from bench.measuring import Runs, hardware, peak_bytes
+from bench import command
+from bench.measuring import medians, peak_bytes, rounds
 from bench.models import twin
 from bench.training import SHAPES, Shape, batch_of, build, predicted, units
 from peft import LoraConfig as PeftLoraConfig
@@ -54,7 +55,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vfl_train.config import LoraConfig
-from vfl_train.cpu import keep_freed_memory
 from vfl_train.models import VisionLanguageModel
 from vfl_train.training.adapter import apply_lora, trainable_parameters
 from vfl_train.training.frozen import limit_backward
@@ -62,6 +62,7 @@ from vfl_train.training.guards import StepGuard
 from vfl_train.training.plan import build_plan, choose_layers
 from vfl_train.training.prefix_start import PREFIX_STATES, beginning_at, states_at
 from vfl_train.training.prefix_store import without_pixels
+from vfl_train.training.supervised import supervised_only
 from vfl_train.training.trainer import ROWS, LoraTrainer, autocast_of, training_arguments
 
 RANK, ALPHA, STEPS = 16, 32, 2  # two steps a round: one to settle, one to time
@@ -71,7 +72,10 @@ BARS = {  # what, sign, bar
            ("saved_ours_over_all", "<=", 0.33)],
     "tiny": [],
 }  # fmt: skip
-RATIOS = ("trl_over_ours", "all_over_ours", "all_over_cached", "trl_over_cached", "trl_over_ours_recomputed")
+RATIOS = (
+    "trl_over_ours", "all_over_ours", "all_over_cached", "trl_over_cached", "trl_over_ours_recomputed",
+    "all_supervised_over_ours", "all_supervised_over_cached",
+)  # fmt: skip
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of losses, relative
 
 
@@ -118,7 +122,7 @@ def build_sides(
     """The sides by name, around the same frozen weights."""
     model, processor = build(shape, device, dtype)
     batch = batch_of(model, shape)
-    make = {"trl": _trl, "all": _trl, "ours": _ours, "ours_recomputed": _ours, "cached": _ours}
+    make = {name: _trl if name in ("trl", "all", "all_supervised") else _ours for name in predicted(shape)}
     return {
         name: make[name](name, twin(model), processor, batch, shape, f"{folder}/{name}") for name in names
     }
@@ -135,7 +139,7 @@ def _finish(trainer: SFTTrainer, vlm: VisionLanguageModel) -> Side:
 
 
 def _trl(name: str, model: Any, processor: Any, batch: dict[str, Any], shape: Shape, folder: str) -> Side:
-    """TRL as its users run it; `all` without checkpointing."""
+    """TRL as its users run it; `all` without checkpointing; `all_supervised` with our head."""
     vlm = VisionLanguageModel(model, processor, "random Qwen2.5-VL")
     plan = build_plan(choose_layers(vlm.info, layers=f"0-{shape.layers - 1}"), vlm, RANK)
     changed = {} if name == "trl" else {"gradient_checkpointing": False}
@@ -158,7 +162,10 @@ def _trl(name: str, model: Any, processor: Any, batch: dict[str, Any], shape: Sh
             model=model, args=arguments, train_dataset=_rows(shape), processing_class=processor,
             data_collator=lambda rows: dict(batch), peft_config=lora,
         )  # fmt: skip
-    return _finish(trainer, vlm)
+    side = _finish(trainer, vlm)
+    if name == "all_supervised":
+        side.undo.enter_context(supervised_only(vlm))
+    return side
 
 
 def _ours(name: str, model: Any, processor: Any, batch: dict[str, Any], shape: Shape, folder: str) -> Side:
@@ -173,6 +180,7 @@ def _ours(name: str, model: Any, processor: Any, batch: dict[str, Any], shape: S
         logging_steps=1, learning_rate=2e-5, lr_scheduler_type="linear",  # TRL's
     )  # fmt: skip
     undo = ExitStack()
+    undo.enter_context(supervised_only(vlm))
     if name == "cached":
         states = states_at(vlm, batch, shape.lowest, autocast_of(config, vlm.device))
         batch = {**without_pixels(batch), PREFIX_STATES: states.cpu()}
@@ -239,21 +247,6 @@ def counted(side: Side) -> Iterator[dict[str, int]]:
     per_step.update({name: count // STEPS for name, count in found.items()})
 
 
-def rounds(sides: dict[str, Side], repeats: int, warmup: int) -> dict[str, Runs]:
-    """Seconds a step; every round runs all sides, beginning with another one each time."""
-    runs = {name: Runs() for name in sides}
-    names = list(sides)
-    for turn in range(-warmup, repeats):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            wall, cpu = sides[name].run()
-            if turn >= 0:
-                runs[name].wall.append(wall)
-                runs[name].cpu.append(cpu)
-        print(f"round {turn + 1} of {repeats}", file=sys.stderr, flush=True)
-    return runs
-
-
 def ratios(costs: dict[str, float]) -> dict[str, float]:
     """`RATIOS` of what was measured, or predicted."""
     pairs = {what: what.split("_over_") for what in RATIOS}
@@ -262,18 +255,14 @@ def ratios(costs: dict[str, float]) -> dict[str, float]:
 
 def bars(shape: str, measured: dict[str, float], expected: dict[str, float]) -> list[dict[str, Any]]:
     """The bars of this shape that what was measured can be held to."""
-    out = []
-    for what, sign, bar in BARS[shape]:
-        if (value := measured.get(what)) is not None:
-            met = value >= bar if sign == ">=" else value <= bar
-            line = {"what": what, "bar": f"{sign} {bar:.4g}", "measured": value, "met": met}
-            out.append({**line, "unit_model": expected.get(what)})
-    return out
+    return [
+        {**bar, "unit_model": expected.get(bar["what"])} for bar in command.held_to(BARS[shape], measured)
+    ]
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that goes into the JSON. Raises SystemExit if the sides disagree."""
-    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
+    shape, dtype = SHAPES[args.preset], getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory(prefix="vfl-bench-") as folder:
         sides = build_sides(shape, args.device, dtype, args.sides, folder)
         counts: dict[str, dict[str, int]] = {}
@@ -281,25 +270,21 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             with counted(side) as counts[name]:
                 side.run()
         agreement(sides, TOLERANCE[args.dtype])
-        runs = rounds(sides, args.repeats, args.warmup)
+        runs = rounds({name: side.run for name, side in sides.items()}, args.repeats, args.warmup)
         same = agreement(sides, TOLERANCE[args.dtype])
-        print({name: statistics.median(run.cpu) for name, run in runs.items()}, file=sys.stderr, flush=True)
         peak = {name: peak_bytes(side.run, args.device) for name, side in sides.items()}
-    median = {name: statistics.median(each.wall) for name, each in runs.items()}
-    cpu = {name: statistics.median(each.cpu) for name, each in runs.items()}
+    median, cpu = medians(runs)
     measured, expected = ratios(median), ratios(predicted(shape))
     if {"ours", "all"} <= counts.keys():
         measured["saved_ours_over_all"] = counts["ours"]["saved_bytes"] / counts["all"]["saved_bytes"]
         expected["saved_ours_over_all"] = (shape.layers - shape.lowest) / shape.layers
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(args.device),
-        "versions": {n: version(n) for n in ("vfl-train", "torch", "transformers", "trl", "peft")},
-        "shape_name": args.shape, "dtype": args.dtype, "shape": asdict(shape), "rank": RANK,
+        **command.circumstances(args, ("vfl-train", "torch", "transformers", "trl", "peft")),
+        "shape_name": args.preset, "shape": asdict(shape), "rank": RANK,
         "seconds_median": median, "seconds": {name: asdict(each) for name, each in runs.items()},
         "ratios_of_processor_seconds": ratios(cpu), "peak_bytes": peak, "per_step": counts,
         "ratios": measured, "unit_model": {**units(shape), "steps": predicted(shape), "ratios": expected},
-        "loss_difference": same, "bars": bars(args.shape, measured, expected),
+        "loss_difference": same, "bars": bars(args.preset, measured, expected),
     }  # fmt: skip
 
 
@@ -330,43 +315,21 @@ def table(report: dict[str, Any]) -> str:
         f"unit model {model['ratios'][what]:.3f}"
         for what, value in report["ratios"].items()
     ]
-    for bar in report["bars"]:
-        verdict = "met" if bar["met"] else "MISSED"
-        lines.append(f"{bar['what']:<26}{bar['measured']:>7.3f}  bar {bar['bar']:<10}{verdict}")
-    return "\n".join(lines)
+    return "\n".join(lines + command.bar_lines(report))
 
 
 def main() -> int:
     """Exit code 1: a bar is missed and --check was given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = list(predicted(SHAPES["tiny"]))
-    parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--device", help="default: cuda for 7b, else cpu")
-    parser.add_argument("--dtype", choices=list(TOLERANCE), help="default: bfloat16 for 7b")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", default=",".join(names), type=lambda text: text.split(","))
-    parser.add_argument("--repeats", type=int, default=9, help="rounds that count, at least 7 for --check")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file")
-    args = parser.parse_args()
-    if unknown := set(args.sides) - set(names):
-        parser.error(f"no side {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    if args.check and args.repeats < 7:
-        parser.error("--check needs at least 7 repeats")
-    large = args.shape == "7b"
-    args.device = args.device or ("cuda" if large else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if large else "float32")
-    torch.set_num_threads(args.threads)
+    parser = command.parser_of(__doc__, SHAPES, TOLERANCE, repeats=9)
+    parser.add_argument("--sides", default=",".join(names), type=partial(command.names_in, names))
+    command.add_check(parser)
+    args = command.settled(parser)
     torch.set_flush_denormal(True)
     logging.getLogger("trl").setLevel(logging.ERROR)
-    keep_freed_memory()
 
     report = bench(args)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
-    return int(args.check and not all(bar["met"] for bar in report["bars"]))
+    return command.concluded(args, report, table(report))
 
 
 if __name__ == "__main__":

@@ -4,28 +4,27 @@
     python scripts/compare_lora.py --model phantom-unplanted --profile twin/profile.json --output DIR \\
         --arm vfl --arm all --arm random --arm reversed --arm vfl:max_steps=690
 
-Every arm trains on handwritten text with printed text mixed in (one pass over distinct rows), once for every
-seed; a seed draws the rows, the adapter's A and the control's layers. An arm is `vfl` (the layers of
---function in the profile) or a control, with any setting of `lora` changed after a colon. Runs that stand in
---output are not repeated. Prints a Markdown table and writes comparison.json; time is given in forwards of
-one decoder layer over the batch, counted, and in seconds, measured.
+Every arm trains on handwritten text with printed text mixed in (one pass over distinct rows, unless the arm
+says how many `rows` there are), once for every seed; a seed draws the rows, the adapter's A and the control's
+layers. An arm is `vfl` (the layers of --function in the profile) or a control, with any setting of `lora`
+changed after a colon. Runs that stand in --output are not repeated. Prints a Markdown table and writes
+comparison.json; time is given in forwards of one decoder layer over the batch, counted, and in seconds,
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from bench.comparing import Comparison, accuracy, parser_of
+from bench.tables import markdown, mean_and_each
+
 from vfl_train.config import CONTROLS, LoraConfig
-from vfl_train.cpu import keep_freed_memory
-from vfl_train.evaluation.run import Asking, probe_questions, score
-from vfl_train.models import VisionLanguageModel
 from vfl_train.options import coerce, specs
-from vfl_train.phantom.datasets import probe_set, write_pool
+from vfl_train.phantom.datasets import write_pool
 from vfl_train.schemas import BUILTIN_FUNCTIONS, read_json
 from vfl_train.training.run import train_lora
 
@@ -34,25 +33,28 @@ SHARES = {"printed": 0.35, "handwritten": 0.65}
 
 
 def settings_of(arm: str) -> tuple[str, dict[str, Any]]:
-    """("vfl", {"max_steps": 690}) of "vfl:max_steps=690"."""
+    """("vfl", {"max_steps": 690}) of "vfl:max_steps=690". `rows` is ours: of the pool."""
     name, _, rest = arm.partition(":")
     pairs = dict(item.split("=", 1) for item in rest.split(",") if item)
-    known = specs(LoraConfig)
-    return name, {key: coerce(known[key], value, f"--arm {key}") for key, value in pairs.items()}
+    known, rows = specs(LoraConfig), pairs.pop("rows", None)
+    truth = {"true": True, "false": False}
+    changes = {k: coerce(known[k], truth.get(v, v), f"--arm {k}") for k, v in pairs.items()}
+    return name, changes if rows is None else {**changes, "rows": int(rows)}
 
 
 def train(arm: str, seed: int, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """Train one arm on its seed's rows; returns the adapter and what the run cost."""
     name, changes = settings_of(arm)
     steps = changes.pop("max_steps", arguments.steps)
+    rows = changes.pop("rows", steps * BATCH)
     folder = arguments.output / f"seed{seed}"
-    pool = folder / f"pool-{steps}" / "pool.json"
+    pool = folder / f"pool-{rows}" / "pool.json"
     if not pool.is_file():
         kinds = {
             arguments.function: SHARES["printed"],
             f"{arguments.function}_handwritten": SHARES["handwritten"],
         }
-        write_pool(pool.parent, steps * BATCH, seed, kinds)
+        write_pool(pool.parent, rows, seed, kinds)
     settings: dict[str, Any] = dict(
         model=arguments.model, profile=str(arguments.profile), functions=(arguments.function,),
         control=None if name == "vfl" else name, data=str(pool), image_root=pool.parent,
@@ -74,20 +76,17 @@ def train(arm: str, seed: int, arguments: argparse.Namespace) -> tuple[Path, dic
     }  # fmt: skip
 
 
-def measure(model: str, adapter: Path | None, function: str, seed: int) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, adapter: Path | None, seed: int) -> dict[str, float]:
     """Accuracy in percent of every function, the handwritten domain beside them."""
-    shifted = f"{function}_handwritten"
-    kinds = dict.fromkeys(BUILTIN_FUNCTIONS, 50) | {function: 100, shifted: 100}
-    questions = list(probe_questions(probe_set(kinds, seed + 1)))
-    vlm = VisionLanguageModel.load(model, adapter=str(adapter) if adapter else None)
-    found = score(vlm, questions, Asking(max_new_tokens=8))
-    return {name: 100 * s.accuracy for name, s in found.items()}
+    function = arguments.function
+    kinds = dict.fromkeys(BUILTIN_FUNCTIONS, 50) | {function: 100, f"{function}_handwritten": 100}
+    return accuracy(arguments.model, adapter, kinds, seed)
 
 
 def run_arm(arm: str, seed: int, arguments: argparse.Namespace, base: dict[str, float]) -> dict[str, Any]:
     """Train, measure, and compare with the untouched model."""
     adapter, cost = train(arm, seed, arguments)
-    after = measure(arguments.model, adapter, arguments.function, seed)
+    after = measure(arguments, adapter, seed)
     shifted = f"{arguments.function}_handwritten"
     elsewhere = {f: base[f] - after[f] for f in BUILTIN_FUNCTIONS if f != arguments.function}
     worst = max(elsewhere, key=lambda f: elsewhere[f])
@@ -100,56 +99,36 @@ def run_arm(arm: str, seed: int, arguments: argparse.Namespace, base: dict[str, 
 
 def table(results: list[dict[str, Any]], arms: list[str]) -> str:
     """One Markdown row an arm: the mean over seeds, and each seed's value behind it."""
-    lines = [
-        "| arm | layers | parameters | layer forwards a row | in domain | gain | printed: loss | elsewhere: "
-        "largest loss |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("arm", "layers", "parameters", "layer forwards a row", "in domain", "gain", "printed: loss",
+            "elsewhere: largest loss")  # fmt: skip
+    measured = ("in_domain", "gain", "printed_loss", "largest_loss_elsewhere")
+    rows = []
     for arm in arms:
         mine = [r for r in results if r["arm"] == arm]
         if not mine:
             continue
-
-        def shown(key: str, mine: list[dict[str, Any]] = mine) -> str:
-            values = [r[key] for r in mine]
-            return f"{statistics.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
-
         layers = "; ".join(dict.fromkeys(",".join(map(str, r["layers"])) for r in mine))
-        lines.append(
-            f"| {arm} | {layers} | {mine[0]['parameters']:,} | {mine[0]['layer_forwards']:,} "
-            f"| {shown('in_domain')} | {shown('gain')} | {shown('printed_loss')} "
-            f"| {shown('largest_loss_elsewhere')} |"
-        )
-    return "\n".join(lines)
+        cost = (f"{mine[0]['parameters']:,}", f"{mine[0]['layer_forwards']:,}")
+        rows.append([arm, layers, *cost, *(mean_and_each([r[key] for r in mine]) for key in measured)])
+    return "\n".join(markdown(head, rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="phantom")
-    parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--function", default="ocr", choices=("ocr", "count"))
+    parser = parser_of(__doc__)
     parser.add_argument("--arm", action="append", help="default: vfl and the three controls")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    keep_freed_memory()
-    arms, seeds = arguments.arm or ["vfl", *CONTROLS], [int(s) for s in arguments.seeds.split(",")]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "comparison.json"
-    results = read_json(path)["runs"] if path.is_file() else []
+    arms = arguments.arm or ["vfl", *CONTROLS]
+    comparison = Comparison(arguments)
     bases: dict[int, dict[str, float]] = {}
     for arm in arms:
-        for seed in seeds:
-            if any(r["arm"] == arm and r["seed"] == seed for r in results):
+        for seed in arguments.seeds:
+            if any(r["arm"] == arm and r["seed"] == seed for r in comparison.runs):
                 continue
             if seed not in bases:
-                bases[seed] = measure(arguments.model, None, arguments.function, seed)
-            results.append(run_arm(arm, seed, arguments, bases[seed]))
-            record = {"model": arguments.model, "function": arguments.function, "runs": results}
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            print(table(results, arms), flush=True)
+                bases[seed] = measure(arguments, None, seed)
+            comparison.add(run_arm(arm, seed, arguments, bases[seed]))
+            print(table(comparison.runs, arms), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bench.comparing import Comparison, accuracy, parser_of
+from bench.tables import markdown, mean_and_each
+
 from vfl_train.config import METHODS, LoraConfig, SelectConfig
-from vfl_train.cpu import keep_freed_memory
 from vfl_train.data_select.run import select
-from vfl_train.evaluation.run import Asking, probe_questions, score
-from vfl_train.models import VisionLanguageModel
-from vfl_train.phantom.datasets import function_of, probe_set, write_pool
+from vfl_train.phantom.datasets import function_of, write_pool
 from vfl_train.schemas import BUILTIN_FUNCTIONS, read_json
 from vfl_train.training.run import train_lora
 
@@ -57,14 +58,6 @@ def train(rows: Path, pool: Path, steps: int, seed: int, output: Path, arguments
     )  # fmt: skip
 
 
-def accuracy(model: str, adapter: Path | None, function: str, seed: int) -> dict[str, float]:
-    """Percent right on held-out scenes, every function and the shifted domain."""
-    kinds = dict.fromkeys(BUILTIN_FUNCTIONS, 50) | {f"{function}_handwritten": 100}
-    vlm = VisionLanguageModel.load(model, adapter=str(adapter) if adapter else None)
-    found = score(vlm, probe_questions(probe_set(kinds, seed + 1)), Asking(max_new_tokens=8))
-    return {name: 100 * s.accuracy for name, s in found.items()}
-
-
 def composition(rows: Path, truth: dict[str, str], function: str) -> dict[str, float]:
     """Percent of the picked rows that are of the function, and of its shifted domain."""
     kinds = [truth[row["id"]] for row in json.loads(rows.read_text(encoding="utf-8"))]
@@ -76,16 +69,17 @@ def composition(rows: Path, truth: dict[str, str], function: str) -> dict[str, f
     }
 
 
-def run_seed(seed: int, arguments: argparse.Namespace, results: list[dict[str, Any]], save: Any) -> None:
+def run_seed(seed: int, arguments: argparse.Namespace, comparison: Comparison) -> None:
     """All methods on the pool of one seed; each run is saved as soon as it is measured."""
     folder = arguments.output / f"seed{seed}"
     pool = folder / "pool" / "pool.json"
     if not pool.is_file():
         write_pool(pool.parent, arguments.rows, seed)
     truth = read_json(pool.parent / "truth.json")
-    done = {(r["method"], r["budget"]) for r in results if r["seed"] == seed}
+    done = {(r["method"], r["budget"]) for r in comparison.runs if r["seed"] == seed}
     base: dict[str, float] = {}
     shifted = f"{arguments.function}_handwritten"
+    asked = dict.fromkeys(BUILTIN_FUNCTIONS, 50) | {shifted: 100}
     full_steps = round(arguments.epochs * arguments.rows / BATCH)
     for method in (ALL, *METHODS):
         rows = pool if method == ALL else pick(method, seed, pool, folder, arguments)
@@ -96,11 +90,11 @@ def run_seed(seed: int, arguments: argparse.Namespace, results: list[dict[str, A
         for budget, steps in kinds.items():
             if (method, budget) in done:
                 continue
-            base = base or accuracy(arguments.model, None, arguments.function, seed)
+            base = base or accuracy(arguments.model, None, asked, seed)
             adapter = train(rows, pool, steps, seed, folder / f"lora-{method}-{budget}", arguments)
-            after = accuracy(arguments.model, adapter, arguments.function, seed)
+            after = accuracy(arguments.model, adapter, asked, seed)
             elsewhere = max(base[f] - after[f] for f in BUILTIN_FUNCTIONS if f != arguments.function)
-            results.append(
+            comparison.add(
                 {
                     "method": method, "budget": budget, "seed": seed, "steps": steps, **made_of,
                     "accuracy": after, "base": base, "gain": after[shifted] - base[shifted],
@@ -108,64 +102,39 @@ def run_seed(seed: int, arguments: argparse.Namespace, results: list[dict[str, A
                     "largest_loss_elsewhere": max(0.0, elsewhere),
                 }
             )  # fmt: skip
-            save()
+            print(table(comparison.runs), flush=True)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """One Markdown row a method and budget; means over seeds, each seed's value behind them."""
     full = {r["seed"]: r["gain"] for r in results if r["method"] == ALL}
-    lines = [
-        "| rows of | trained for | rows | of the function | gain, points | share of full gain | elsewhere |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for method in (ALL, *METHODS):
-        for budget in ("epochs", "steps"):
-            mine = [
-                r for r in results if (r["method"], r["budget"]) == (method, budget) and r["seed"] in full
-            ]
-            if not mine:
-                continue
-            of_function = statistics.mean(r["of_function"] for r in mine)
-            shares = [100 * r["gain"] / full[r["seed"]] for r in mine if full[r["seed"]] > 0]
-            lines.append(
-                f"| {method} | {budget} ({mine[0]['steps']} steps) | {mine[0]['rows']} "
-                f"| {of_function:.0f} % | {_mean([r['gain'] for r in mine])} | {_mean(shares)} "
-                f"| {_mean([r['largest_loss_elsewhere'] for r in mine])} |"
-            )
-    return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
+    head = ("rows of", "trained for", "rows", "of the function", "gain, points", "share of full gain",
+            "elsewhere")  # fmt: skip
+    rows = []
+    for method, budget in product((ALL, *METHODS), ("epochs", "steps")):
+        mine = [r for r in results if (r["method"], r["budget"]) == (method, budget) and r["seed"] in full]
+        if not mine:
+            continue
+        of_function = statistics.mean(r["of_function"] for r in mine)
+        shares = [100 * r["gain"] / full[r["seed"]] for r in mine if full[r["seed"]] > 0]
+        elsewhere = [r["largest_loss_elsewhere"] for r in mine]
+        rows.append([
+            method, f"{budget} ({mine[0]['steps']} steps)", str(mine[0]["rows"]), f"{of_function:.0f} %",
+            mean_and_each([r["gain"] for r in mine]), mean_and_each(shares), mean_and_each(elsewhere),
+        ])  # fmt: skip
+    return "\n".join(markdown(head, rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="phantom")
-    parser.add_argument("--profile", type=Path, required=True)
-    parser.add_argument("--function", default="ocr", choices=("ocr", "count"))
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--budget", default="0.2")
     parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    keep_freed_memory()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / "comparison.json"
-    results: list[dict[str, Any]] = read_json(path)["runs"] if path.is_file() else []
-
-    def save() -> None:
-        record = {"model": arguments.model, "function": arguments.function, "runs": results}
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(table(results), flush=True)
-
-    for seed in map(int, arguments.seeds.split(",")):
-        run_seed(seed, arguments, results, save)
-    print(table(results))
+    comparison = Comparison(arguments)
+    for seed in arguments.seeds:
+        run_seed(seed, arguments, comparison)
+    print(table(comparison.runs))
 
 
 if __name__ == "__main__":

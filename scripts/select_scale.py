@@ -39,6 +39,7 @@ STEPS = ("score", "rank")
 class StandIn:
     """A scorer that draws its numbers; one row in a thousand is refused, one in a hundred a copy."""
 
+    by_layer: bool = False
     rejected: list[Rejected] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from bench.tables import markdown
 
 from vfl_train.config import ABLATIONS, SelectConfig
 from vfl_train.cpu import keep_freed_memory
@@ -109,6 +110,12 @@ def accuracy(columns: Mapping[str, np.ndarray], bucket: np.ndarray) -> dict[str,
     }
 
 
+def plain_rule(columns: Mapping[str, np.ndarray], functions: list[str]) -> np.ndarray:
+    """Buckets of the same scores by --bucket-rule need."""
+    deltas = {f: columns[f"delta_{f}"] for f in functions}
+    return choose.buckets(choose.needs({f: columns[f"loss_{f}"] for f in functions}, deltas), deltas)
+
+
 def other_rules(columns: Mapping[str, np.ndarray], functions: list[str]) -> dict[str, np.ndarray]:
     """Buckets of the same scores by rules that were not taken."""
     delta = np.stack([columns[f"delta_{f}"] for f in functions], axis=1)
@@ -157,8 +164,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         record = select(config)
         columns = columns_of(config.output / "scores.parquet", pool, truth)
-        rules = {"log-odds (ours)": columns["bucket"], **other_rules(columns, list(record["layers"]))}
+        rules = {"ours": columns["bucket"]}
+        if record["bucket_rule"] != "need":
+            rules["need"] = plain_rule(columns, list(record["layers"]))
+        rules |= other_rules(columns, list(record["layers"]))
         report["forms"][form] = {
+            "bucket_rule": record["bucket_rule"],
             "quarantined": record["rows_quarantined"],
             "corrupt": sum(t["corrupt"] for t in truth.values()),
             "rules": {name: accuracy(columns, bucket) for name, bucket in rules.items()},
@@ -171,15 +182,16 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: a row a form and rule."""
     head = ("form", "rule", "image rows", "of them shifted", "language", "with image", "worst recall",
             "worst precision")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     percent = lambda x: "-" if x is None else f"{100 * x:.1f} %"  # noqa: E731
+    rows = []
     for form, found in report["forms"].items():
         for rule, a in found["rules"].items():
             each = [f for name, f in a["functions"].items() if name != LANGUAGE]
             worst = [min(f[key] or 0.0 for f in each) for key in ("recall", "precision")]
             numbers = (a["image_rows"], a["shifted_rows"], a["language_rows"],
                        a["language_rows_with_image"], *worst)  # fmt: skip
-            lines.append(f"| {form} | {rule} | {' | '.join(map(percent, numbers))} |")
+            rows.append([form, rule, *map(percent, numbers)])
+    lines = markdown(head, rows)
     for form, found in report["forms"].items():
         w = found["wrong_labels"]
         lines.append(

@@ -12,22 +12,43 @@ from vfl_train.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+# Settings that say which weights are trained: a checkpoint of others cannot be gone on from.
+_WEIGHTS = {
+    "model", "revision", "profile", "functions", "layers", "layer_rule", "control", "also_adapt",
+    "per_function", "lora_r",
+}  # fmt: skip
+
 
 def refuse_differences(
-    place: str, old: Any, new: Mapping[str, Any], allowed: Collection[str] = ()
+    place: str,
+    old: Any,
+    new: Mapping[str, Any],
+    allowed: Collection[str] = (),
+    resumable: bool = False,
 ) -> tuple[str, ...]:
     """The allowed keys in which the fingerprints of the run in `place` and of the wanted one differ; each is
-    told as a warning. Raises ConfigError naming what else differs, with the old and the new value."""
+    told as a warning. `resumable`: --allow-config-change could let the run go on. Raises ConfigError naming
+    what else differs, with the old and the new value."""
     found = dict(differences(old, new))
-    refused = [f"{key} {change}" for key, change in found.items() if key not in allowed]
+    refused = {key: change for key, change in found.items() if key not in allowed}
     if refused:
+        way_on = _way_on(refused, new) if resumable else ""
+        told = [f"{key} {change}" for key, change in refused.items()]
         raise ConfigError(
-            f"{place} holds another run: {'; '.join(refused[:3])}",
-            "--overwrite replaces it, or give another folder to --output",
+            f"{place} holds another run: {'; '.join(told[:3])}",
+            f"{way_on}--overwrite replaces it, or give another folder to --output",
         )
     for key, change in found.items():
         log.warning("%s: %s %s, as allowed", place, key, change)
     return tuple(found)
+
+
+def _way_on(refused: Collection[str], new: Mapping[str, Any]) -> str:
+    """How the run goes on with these keys changed; nothing where it cannot."""
+    names = list(dict.fromkeys(key.split(".")[-1] for key in refused))
+    if not set(refused) <= set(_dotted(new)) or not _WEIGHTS.isdisjoint(names):
+        return ""
+    return f"--allow-config-change {','.join(names)} goes on with the change, "
 
 
 def allowed_keys(fingerprint: Mapping[str, Any], names: Sequence[str]) -> set[str]:

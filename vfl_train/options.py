@@ -1,6 +1,6 @@
 """What one setting of a command is: its type, help text and conversion, said once for every source.
 
-A command's settings are the fields of a frozen dataclass (vfl_train/config.py). The same field makes the
+A command's settings are the fields of a frozen dataclass (vfl_train/config/). The same field makes the
 command-line option and the recipe key, and the same `coerce` converts what either of them holds, so a flag
 and a YAML value cannot mean different things.
 """

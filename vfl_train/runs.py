@@ -58,14 +58,15 @@ class RunFolder:
         output: str | Path,
         fingerprint: Mapping[str, Any],
         overwrite: bool = False,
-        allow_change: Sequence[str] = (),
+        allow_change: Sequence[str] | None = None,
     ) -> RunFolder:
         """Take `output` for a run with this fingerprint.
 
         Same fingerprint and finished: `already_done`, nothing will be written. Same fingerprint and not
         finished: `resumed`, complete files of the earlier attempt are still there. `overwrite` empties the
         folder first, if it is a run folder. The keys of the fingerprint in `allow_change` (in full,
-        `options.learning_rate`, or their last part) may differ from those of an unfinished run.
+        `options.learning_rate`, or their last part) may differ from those of an unfinished run; None: the
+        command has no --allow-config-change.
 
         Raises:
             ConfigError: the folder holds another run (naming what differs), or files that are not ours, or
@@ -75,14 +76,14 @@ class RunFolder:
         """
         folder = Path(output)
         wanted = json.loads(dumps(dict(fingerprint), "fingerprint"))
-        allowed = allowed_keys(wanted, allow_change)
+        allowed = allowed_keys(wanted, allow_change or ())
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file", "give a folder to --output")
         if not folder.is_dir() or not any(folder.iterdir()):
             return cls(folder, wanted, "new")
         if overwrite:
             return cls(folder, wanted, _empty(folder))
-        return cls(folder, wanted, _state(folder, wanted, allowed))
+        return cls(folder, wanted, _state(folder, wanted, allowed, allow_change is not None))
 
     def __enter__(self) -> Self:
         if self.already_done:
@@ -239,9 +240,10 @@ def _non_finite(value: Any, where: str) -> str:
 # --- what is in a folder already -------------------------------------------------------------------
 
 
-def _state(folder: Path, wanted: Mapping[str, Any], allowed: Collection[str]) -> str:
-    """`running` or `done` of the run in `folder` if it is the wanted one (until done, but for the
-    `allowed` keys), `new` if there is nothing of it but its marker. Raises ConfigError."""
+def _state(folder: Path, wanted: Mapping[str, Any], allowed: Collection[str], may_change: bool) -> str:
+    """`running` or `done` of the run in `folder` if it is the wanted one (until done, but for the `allowed`
+    keys; `may_change`: others could be), `new` if there is nothing of it but its marker. Raises
+    ConfigError."""
     if not (folder / MARKER).is_file():
         raise ConfigError(
             f"{folder} is not empty and vfl-train did not write it", "give another folder to --output"
@@ -250,7 +252,8 @@ def _state(folder: Path, wanted: Mapping[str, Any], allowed: Collection[str]) ->
     if found["status"] == "running" and len(list(folder.iterdir())) == 1:
         return "new"  # a run that was refused or stopped before it wrote anything
     finished = found["status"] == "done"
-    refuse_differences(str(folder), found["fingerprint"], wanted, () if finished else allowed)
+    resumable = may_change and not finished
+    refuse_differences(str(folder), found["fingerprint"], wanted, () if finished else allowed, resumable)
     if not finished:
         return "running"
     missing = [name for name in found["files"] if not (folder / name).is_file()]

@@ -17,9 +17,8 @@ IMAGE, VISION_START, VISION_END, FIRST_WORD = 5, 3, 4, 8  # token ids; words are
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Model and input sizes. `prefix`: tokens up to the image's last; `suffix`: tokens after it that are
-    fed, forced answer tokens included (the last answer token is predicted, not fed)."""
+class Decoder:
+    """Sizes of the language model."""
 
     hidden: int
     layers: int
@@ -27,6 +26,13 @@ class Shape:
     kv_heads: int
     intermediate: int
     vocab: int
+
+
+@dataclass(frozen=True)
+class Shape(Decoder):
+    """Model and input sizes. `prefix`: tokens up to the image's last; `suffix`: tokens after it that are
+    fed, forced answer tokens included (the last answer token is predicted, not fed)."""
+
     prefix: int = 600
     suffix: int = 40
     answer: int = 4
@@ -71,21 +77,24 @@ class FeatureTower(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
 
-def build_model(shape: Shape, device: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    """A random Qwen2.5-VL, made on `device` in `dtype`."""
-    half = shape.hidden // shape.heads // 2
+def random_model(
+    sizes: Decoder, device: str, dtype: torch.dtype, text: dict[str, Any], vision: dict[str, Any], **ids: int
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL, made on `device` in `dtype`. `text` and `vision`: what their configs hold beside
+    `sizes`; `ids`: the tokens that the model knows."""
+    half = sizes.hidden // sizes.heads // 2
     config = Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab,
-            "max_position_embeddings": 8192, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+            "hidden_size": sizes.hidden, "intermediate_size": sizes.intermediate,
+            "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads, "vocab_size": sizes.vocab,
+            "max_position_embeddings": 8192, "bos_token_id": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
                                 "mrope_section": [half - half * 3 // 8 * 2, half * 3 // 8, half * 3 // 8]},
+            **text,
         },
-        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-                       "out_hidden_size": shape.hidden},
-        image_token_id=IMAGE, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+        vision_config={**vision, "out_hidden_size": sizes.hidden},
+        **ids,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
@@ -93,9 +102,19 @@ def build_model(shape: Shape, device: str, dtype: torch.dtype) -> Qwen2_5_VLForC
     try:
         with torch.device(device):
             torch.manual_seed(0)
-            model = Qwen2_5_VLForConditionalGeneration(config)
+            return Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
+
+
+def build_model(shape: Shape, device: str, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    """A random model whose images come as features."""
+    model = random_model(
+        shape, device, dtype,
+        text={"pad_token_id": 0, "eos_token_id": 1},
+        vision={"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2},
+        image_token_id=IMAGE, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+    )  # fmt: skip
     model.model.visual = FeatureTower(shape.hidden, dtype)
     return model.eval()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from bench.models import Decoder, random_model
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vfl_train.data.collator import IGNORE
 from vfl_train.phantom.architecture import build_processor
@@ -27,16 +28,10 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Decoder):
     """Model and batch. `side`: the image's side in tokens (patches are four times as many); `text`: further
     tokens, of which the last `answer` are supervised; `adapted`: the layers that ours trains."""
 
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
     tower: Tower
     adapted: tuple[int, ...]
     side: int = 24
@@ -91,6 +86,7 @@ def predicted(shape: Shape) -> dict[str, float]:
     return {
         "trl": 3 * depth + head + 3 * vision,
         "all": 2 * depth + head + vision,
+        "all_supervised": 2 * depth + head + vision,
         "ours": depth + above + head + vision,
         "ours_recomputed": depth + 2 * above + head + vision,
         "cached": 2 * above + head,
@@ -101,35 +97,18 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Qwen2_5_VLForC
     """The model, made on `device` in `dtype`, and a processor (the phantom's: same family, small)."""
     processor = build_processor()
     tokenizer, ids = processor.tokenizer, processor.tokenizer.convert_tokens_to_ids
-    half, tower = shape.hidden // shape.heads // 2, shape.tower
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab,
-            "max_position_embeddings": 8192, "bos_token_id": None,
-            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
-                                "mrope_section": [half - half * 3 // 8 * 2, half * 3 // 8, half * 3 // 8]},
-        },
-        vision_config={
+    tower = shape.tower
+    model = random_model(
+        shape, device, dtype,
+        text={"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id},
+        vision={
             "depth": tower.depth, "hidden_size": tower.hidden, "intermediate_size": tower.intermediate,
-            "num_heads": tower.heads, "out_hidden_size": shape.hidden, "patch_size": PATCH,
-            "spatial_merge_size": MERGE, "temporal_patch_size": TEMPORAL, "window_size": 112,
-            "fullatt_block_indexes": list(tower.full),
+            "num_heads": tower.heads, "patch_size": PATCH, "spatial_merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL, "window_size": 112, "fullatt_block_indexes": list(tower.full),
         },
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
     )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            model = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
     return model, processor
 
 

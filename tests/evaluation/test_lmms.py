@@ -123,3 +123,9 @@ def test_what_is_not_covered_is_refused(plugin):
         plugin.chat_of([{"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}])
     with pytest.raises(ConfigError, match="no argument 'fps'"):
         plugin.VflModel("phantom", device="cpu", fps=1)
+    for refused, what in (
+        (model.loglikelihood, r"does not score continuations \(leave"),
+        (model.generate_until_multi_round, r"does not answer in several rounds \(leave"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            refused([])

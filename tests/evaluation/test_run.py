@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from world_rows import world_rows, write_jsonl
 
 from vfl_train.cli import main
 from vfl_train.config import EvalConfig, LoraConfig
@@ -154,25 +154,18 @@ def test_another_adapter_under_the_same_name_is_not_already_done(adapter, spoilt
 @pytest.fixture
 def rows(tmp_path) -> Path:
     """Rows of two sources, one of them wrong throughout; one row of two turns and one of text only."""
-    rng, lines = np.random.default_rng(1), []
-    for i in range(8):
-        scene = world.sample_scene(rng)
-        world.render(scene).save(tmp_path / f"{i}.png")
-        reply = world.answer(scene, "emotion") if i % 2 else "no mood at all"
-        turns = [
-            {"role": "user", "content": f"<image>{world.QUESTIONS['emotion']}"},
-            {"role": "assistant", "content": reply},
-        ]
-        lines.append({"messages": turns, "images": [f"{i}.png"], "source": ("wrong", "right")[i % 2]})
+    lines = world_rows(tmp_path, ["emotion"] * 8, seed=1)
+    for i, line in enumerate(lines):
+        line["source"] = ("wrong", "right")[i % 2]
+        if i % 2 == 0:
+            line["messages"][1]["content"] = "no mood at all"
     lines[0]["messages"] = lines[0]["messages"] * 2
     lines[0]["messages"][2] = {"role": "user", "content": world.QUESTIONS["count"]}
     question, reply = world.LANGUAGE[0]
     lines.append(
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
     )
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    return path
+    return write_jsonl(tmp_path / "rows.jsonl", lines)
 
 
 def test_rows_are_scored_by_source(rows, tmp_path):
@@ -226,17 +219,8 @@ def test_a_model_is_judged_beside_another_as_an_adapter_is_beside_its_base(tmp_p
 
 def test_how_rows_are_judged(tmp_path):
     """Rows that expect an option, letter and words: answers give the words alone, and hold no box."""
-    rng, lines = np.random.default_rng(2), []
-    for i in range(3):
-        scene = world.sample_scene(rng)
-        world.render(scene).save(tmp_path / f"{i}.png")
-        turns = [
-            {"role": "user", "content": f"<image>{world.QUESTIONS['ocr']}"},
-            {"role": "assistant", "content": f"A. {world.answer(scene, 'ocr')}"},
-        ]
-        lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}))
-    data = tmp_path / "options.jsonl"
-    data.write_text("\n".join(lines), encoding="utf-8")
+    rows = world_rows(tmp_path, ["ocr"] * 3, 2, lambda scene, function: f"A. {world.answer(scene, function)}")
+    data = write_jsonl(tmp_path / "options.jsonl", rows)
     accuracy = {
         match: evaluate(config_of(tmp_path / match, data=str(data), functions=(), match=match))[
             "options"
@@ -264,7 +248,7 @@ def test_of_an_adapter_the_adapted_model_is_dropped(adapter, spoilt, tmp_path):
 def test_chunks_are_bounded_by_prompts_and_tokens(monkeypatch):
     asked = [Question("f", (user_message(text, 0),), (), "") for text in ("a", "a a", "a", "a a a", "a")]
     vlm = SimpleNamespace(
-        prompt_of=lambda messages, images: SimpleNamespace(length=10 * len(messages[0].text.split()))
+        prompt_of=lambda messages, images, videos: SimpleNamespace(length=10 * len(messages[0].text.split()))
     )
     lengths = lambda: [[p.length for _, p in c] for c in module.chunks(vlm, asked, [])]  # noqa: E731
     assert lengths() == [[10, 20, 10, 30, 10]]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer, running_hub, talk_to
 
 from vfl_train.config import LoraConfig
 
@@ -52,6 +53,14 @@ def adapter(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPath
 def other_adapter(make_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on layer 10."""
     return make_adapter(tmp_path_factory.mktemp("adapter") / "b.1", "10", seed=1)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub that this process talks to."""
+    with running_hub() as server:
+        talk_to(server, monkeypatch, tmp_path / "cache")
+        yield server
 
 
 @pytest.fixture

@@ -136,8 +136,8 @@ def test_training_and_exporting_leak_nothing(tmp_path: Path, base_folder: Path) 
 
 @pytest.mark.parametrize(
     "text",
-    [*TOKENS, "ghp_" + "a" * 36, "AKIA" + "B" * 16, 'api_key: "abcdefghijklmnopqrst"', "/home/u/x",
-     "C:\\Users\\u\\x", '"C:\\\\Users\\\\u"', "/root/x"],
+    [*TOKENS, "ghp_" + "a" * 36, "AKIA" + "B" * 16, 'api_key: "abcdefghijklmnopqrst"',
+     "/home/u/x", "C:\\Users\\u\\x", '"C:\\\\Users\\\\u"', "/root/x"],  # allow: bait
 )  # fmt: skip
 def test_what_looks_like_a_secret_is_found(text: str, tmp_path: Path) -> None:
     found = find_secret(f"see {text} there")
@@ -159,12 +159,13 @@ def test_vocabularies_may_hold_paths_and_safetensors_metadata_may_not(tmp_path: 
     import torch
     from safetensors.torch import save_file
 
-    (tmp_path / "tokenizer.json").write_text('{"/home/user": 5}')
+    (tmp_path / "tokenizer.json").write_text('{"/home/user": 5}')  # allow: bait
     assert find_secret_in_file(tmp_path / "tokenizer.json") is None
     (tmp_path / "tokenizer.json").write_text(json.dumps({TOKENS[0]: 5}))
     assert find_secret_in_file(tmp_path / "tokenizer.json")
-    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"from": "/home/user/run"})
-    assert find_secret_in_file(tmp_path / "x.safetensors") == "/home/user/run"
+    folder = "/home/user/run"  # allow: bait
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", metadata={"from": folder})
+    assert find_secret_in_file(tmp_path / "x.safetensors") == folder
 
 
 def test_names_are_cut_where_they_say_where_things_lie() -> None:

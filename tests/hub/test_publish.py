@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from hub_server import HubServer, metadata_errors, running_hub, talk_to
+from hub_server import HubServer, metadata_errors
 from PIL import Image
 from small_profile import VALUE
 
@@ -29,14 +29,6 @@ from vfl_train.schemas import Profile
 
 REPO = "alice/tiny"
 BASE_CARD = b"---\nlicense: other\nlicense_name: tiny-research\nlicense_link: LICENSE\n---\n# Base\n"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub that this process talks to."""
-    with running_hub() as server:
-        talk_to(server, monkeypatch, tmp_path / "cache")
-        yield server
 
 
 @pytest.fixture

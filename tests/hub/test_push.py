@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
-from hub_server import TOKEN, HubServer, environment_of, running_hub, talk_to
+from hub_server import TOKEN, HubServer, environment_of
 
 from vfl_train.errors import ConfigError, HubError, VerificationError, VflError
 from vfl_train.hub import retry
@@ -45,14 +45,6 @@ def push():
     push_folder(hub_api(sys.argv[2]), Path(sys.argv[1]), sys.argv[2], "adapter")
 group.main(["push"])
 """
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub that this process talks to."""
-    with running_hub() as server:
-        talk_to(server, monkeypatch, tmp_path / "cache")
-        yield server
 
 
 @pytest.fixture

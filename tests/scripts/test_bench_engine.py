@@ -59,6 +59,12 @@ def test_bars(bench):
     assert found == {"naive_over_ours": False, "of_limit": True, "extra_over_replicated": False}
 
 
+def test_an_unknown_peer_is_named(bench):
+    assert bench.command.names_in(bench.PEERS, "nnsight,naive") == ["nnsight", "naive"]
+    with pytest.raises(bench.argparse.ArgumentTypeError, match="no torch; there are naive, nnsight"):
+        bench.command.names_in(bench.PEERS, "naive,torch")
+
+
 def test_disagreement_stops_the_run(bench):
     ours, other = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     with pytest.raises(SystemExit, match="disagree"):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_train.py"
-SIDES = ["trl", "all", "ours", "ours_recomputed", "cached"]
+SIDES = ["trl", "all", "all_supervised", "ours", "ours_recomputed", "cached"]
 
 
 def test_a_toy_run_of_all_sides(tmp_path):
@@ -39,11 +39,12 @@ def test_a_toy_run_of_all_sides(tmp_path):
 
     assert visits("trl") == (8, 4, 4, 2)  # what its defaults do
     assert visits("all") == (4, 4, 2, 0)
+    assert visits("all_supervised") == (4, 4, 2, 0)
     assert visits("ours") == (4, 2, 2, 0)
     assert visits("ours_recomputed") == (6, 2, 2, 0)
     assert visits("cached") == (2, 2, 0, 0)
     saved = {side: report["per_step"][side]["saved_bytes"] for side in SIDES}
-    assert saved["ours_recomputed"] < saved["ours"] < saved["all"]
+    assert saved["ours_recomputed"] < saved["ours"] < saved["all_supervised"] < saved["all"]
 
 
 @pytest.fixture

@@ -8,27 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from vfl_train.phantom import world
+from world_rows import world_rows, write_jsonl
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce_lora.sh"
 
 
 @pytest.mark.slow
 def test_every_step_runs_on_the_phantom(tmp_path):
-    rng, lines = np.random.default_rng(5), []
-    for i in range(4):
-        scene = world.sample_scene(rng)
-        world.render(scene).save(tmp_path / f"{i}.png")
-        turns = [
-            {"role": "user", "content": f"<image>{world.QUESTIONS['ocr']}"},
-            {"role": "assistant", "content": world.answer(scene, "ocr")},
-        ]
-        lines.append(json.dumps({"messages": turns, "images": [f"{i}.png"]}))
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = write_jsonl(tmp_path / "rows.jsonl", world_rows(tmp_path, ["ocr"] * 4, seed=5))
     out = tmp_path / "out"
     variables = {
         "MODEL": "phantom", "DATA": str(data), "CVBENCH": str(data), "LAYERS": "9-10", "PAIRS": "2",

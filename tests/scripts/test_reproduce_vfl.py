@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from vfl_train.phantom import world
+from world_rows import world_rows, write_jsonl
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "reproduce_vfl.sh"
 
@@ -27,14 +25,7 @@ def run(**variables: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_every_step_runs_on_the_phantom(tmp_path):
-    scene = world.sample_scene(np.random.default_rng(5))
-    world.render(scene).save(tmp_path / "0.png")
-    turns = [
-        {"role": "user", "content": f"<image>{world.QUESTIONS['ocr']}"},
-        {"role": "assistant", "content": world.answer(scene, "ocr")},
-    ]
-    data = tmp_path / "textvqa.jsonl"
-    data.write_text(json.dumps({"messages": turns, "images": ["0.png"]}) + "\n", encoding="utf-8")
+    data = write_jsonl(tmp_path / "textvqa.jsonl", world_rows(tmp_path, ["ocr"], seed=5))
     out = tmp_path / "out"
     result = run(
         MODEL="phantom", PAIRS="2", FUNCTIONS="emotion,ocr", DROP_FROM="11,10", TEXTVQA=str(data),

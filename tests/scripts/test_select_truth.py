@@ -20,11 +20,11 @@ def test_buckets_and_wrong_labels_of_a_labelled_pool(tmp_path):
     report = json.loads((tmp_path / "truth.json").read_text(encoding="utf-8"))
     found = report["forms"]["block"]
     assert found["quarantined"] == found["corrupt"] > 0
-    ours = found["rules"]["log-odds (ours)"]
+    ours = found["rules"]["ours"]
     assert ours["image_rows"] >= 0.95
     assert ours["language_rows"] == 1.0 and ours["functions"]["language"]["recall"] >= 0.95
     assert ours["image_rows"] > max(
-        rule["image_rows"] for name, rule in found["rules"].items() if name != "log-odds (ours)"
+        rule["image_rows"] for name, rule in found["rules"].items() if name != "ours"
     )
     assert found["wrong_labels"]["share_in_pool"] > 0.02
     assert found["wrong_labels"]["rarer_by"] >= 3

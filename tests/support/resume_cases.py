@@ -13,13 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nursery import forked
-from PIL import Image
+from world_rows import in_turn, world_rows, write_jsonl
 
 from vfl_train.config import LoraConfig
-from vfl_train.phantom import world
 from vfl_train.phantom.architecture import build_model, build_processor
 
 ROWS = 10  # not a multiple of the batch size times the accumulation: the last step of an epoch is short
@@ -45,18 +43,7 @@ def build_tiny(folder: Path) -> Path:
 def write_rows(folder: Path, count: int) -> Path:
     """`rows.jsonl` with `count` rows about scenes of the phantom's world, and their pictures."""
     folder.mkdir()
-    rng, lines = np.random.default_rng(0), []
-    for index in range(count):
-        scene = world.sample_scene(rng)
-        Image.fromarray(world.draw(scene)).save(folder / f"{index}.png")
-        function = world.FUNCTIONS[index % len(world.FUNCTIONS)]
-        messages = [
-            {"role": "user", "content": f"<image>{world.QUESTIONS[function]}"},
-            {"role": "assistant", "content": world.answer(scene, function)},
-        ]
-        lines.append(json.dumps({"messages": messages, "images": [f"{index}.png"]}))
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder / "rows.jsonl"
+    return write_jsonl(folder / "rows.jsonl", world_rows(folder, in_turn(count)))
 
 
 def tiny_config(tiny: Path, output: Path, **changes: Any) -> LoraConfig:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from vfl_train.errors import ConfigError, HubError
+from vfl_train.hub.fetching import fetching
 
 log = logging.getLogger(__name__)
 
@@ -31,31 +32,23 @@ def fetch_data(repo: str, revision: str | None, inside: str | None) -> tuple[Pat
         HubError: the Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
     nowhere = f"there is no file or folder {repo}, and"
-    try:
-        patterns = [inside] if inside else list(PATTERNS)
-        found = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
-    except RevisionNotFoundError as e:
-        raise ConfigError(f"the data set {repo} of the Hub has no revision {revision}") from e
-    except (HFValidationError, RepositoryNotFoundError) as e:
-        raise ConfigError(
+    with fetching(
+        missing=ConfigError(
             f"{nowhere} the Hub has no data set {repo}, or gives no access",
             "check the name; `hf auth login` for private ones",
-        ) from e
-    except LocalEntryNotFoundError as e:
-        fix = "check the connection, or give a local file"
-        raise HubError(f"{nowhere} the Hub cannot be reached for it", fix) from e
-    except (OSError, HTTPError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise HubError(f"{nowhere} the data set of that name on the Hub cannot be fetched: {reason}") from e
+        ),
+        no_revision=ConfigError(f"the data set {repo} of the Hub has no revision {revision}"),
+        unreachable=HubError(
+            f"{nowhere} the Hub cannot be reached for it", "check the connection, or give a local file"
+        ),
+        failed=lambda reason: HubError(
+            f"{nowhere} the data set of that name on the Hub cannot be fetched: {reason}"
+        ),
+    ):
+        patterns = [inside] if inside else list(PATTERNS)
+        found = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
     folder = Path(found)
     log.info("data set %s of the Hub, revision %s", repo, folder.name)
     if inside is None:

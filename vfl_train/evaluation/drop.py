@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vfl_train.errors import ConfigError
+from vfl_train.evaluation.branches import right_under
 from vfl_train.evaluation.questions import Question
-from vfl_train.functions.matching import matches
-from vfl_train.interventions import Prompt, Row, drop
-from vfl_train.interventions.generation import generate_under
+from vfl_train.interventions import Prompt, drop
 from vfl_train.interventions.readout import Cost
 from vfl_train.models.generation import Generated
 from vfl_train.profiling.cost import path_record, reference_line
@@ -54,23 +53,13 @@ class DropFrom:
         max_new_tokens: int,
     ) -> list[dict[int, bool] | None]:
         """Layer -> whether the answer is right with the image dropped from it on; None for a question
-        without an image. The untouched model's `outputs` are the drafts: most drops change few of them."""
-        seen = [i for i, (_, prompt) in enumerate(asked) if prompt.spans]
-        # All drops of one prompt side by side with one draft: the engine reads their image once.
-        rows = [
-            Row(asked[i][1], outputs[i].tokens, drop(range(layer, vlm.num_layers)))
-            for i in seen
-            for layer in self.layers
-        ]
-        said = iter(generate_under(vlm, rows, max_new_tokens, self.path, self.batch_tokens, self.cost))
-        found: list[dict[int, bool] | None] = [None] * len(asked)
-        for i in seen:
-            question = asked[i][0]
-            found[i] = {
-                layer: matches(vlm.decode(next(said)), question.answer, question.match)
-                for layer in self.layers
-            }
-        return found
+        without an image."""
+        seen = {layer: drop(range(layer, vlm.num_layers)) for layer in self.layers}
+        branches = [seen if prompt.spans else {} for _, prompt in asked]
+        found = right_under(
+            vlm, asked, outputs, branches, max_new_tokens, self.path, self.batch_tokens, self.cost
+        )
+        return [right if prompt.spans else None for right, (_, prompt) in zip(found, asked, strict=True)]
 
     def scores(
         self, untouched: Sequence[bool], dropped: Sequence[dict[int, bool] | None]

@@ -17,11 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vfl_train.errors import ConfigError
+from vfl_train.evaluation.branches import right_under
 from vfl_train.evaluation.questions import Question
-from vfl_train.functions.matching import matches
 from vfl_train.hub.load import load_profile
-from vfl_train.interventions import Branch, Prompt, Row, knockout, rerun
-from vfl_train.interventions.generation import generate_under
+from vfl_train.interventions import Branch, Prompt, knockout, rerun
 from vfl_train.interventions.readout import Cost
 from vfl_train.knockout.choice import paired_gain
 from vfl_train.knockout.record import Knockout
@@ -106,18 +105,11 @@ class TouchedLayers:
         outputs: Sequence[Generated],
         max_new_tokens: int,
     ) -> list[dict[str, bool]]:
-        """Branch -> whether the answer is right. The untouched model's `outputs` are the drafts."""
+        """Branch -> whether the answer is right."""
         branches = [self._branches_of(question) for question, _ in asked]
-        rows = [
-            Row(prompt, output.tokens, branch)
-            for (_, prompt), output, own in zip(asked, outputs, branches, strict=True)
-            for branch in own.values()
-        ]
-        said = iter(generate_under(vlm, rows, max_new_tokens, self.path, self.batch_tokens, self.cost))
-        return [
-            {name: matches(vlm.decode(next(said)), question.answer, question.match) for name in own}
-            for (question, _), own in zip(asked, branches, strict=True)
-        ]
+        return right_under(
+            vlm, asked, outputs, branches, max_new_tokens, self.path, self.batch_tokens, self.cost
+        )
 
     def scores(
         self, function: str, untouched: Sequence[bool], touched: Sequence[dict[str, bool]]

@@ -95,10 +95,15 @@ class VflModel(lmms):
         return [result for _, result in sorted(results, key=lambda item: item[0])]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("--model vfl answers, it does not score continuations")
+        """Raises ConfigError: not covered."""
+        raise ConfigError(
+            "--model vfl answers, it does not score continuations",
+            "leave log-likelihood tasks out",
+        )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        raise NotImplementedError("--model vfl does not answer in several rounds")
+        """Raises ConfigError: not covered."""
+        raise ConfigError("--model vfl does not answer in several rounds", "leave multi-round tasks out")
 
     def _answer(self, chunk: list[tuple], group: list[int]) -> list[tuple[int, GenerationResult]]:
         settings = chunk[group[0]][2]

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from vfl_train.data.images import open_image
 from vfl_train.data.readers import read_dataset
-from vfl_train.data.rows import ImageRef, Message, Rejected, Row, user_message
+from vfl_train.data.rows import Message, Rejected, Row, user_message
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.functions.builtin.canvas import SIZE
-from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set, most_pairs
+from vfl_train.functions.probes import (
+    Picture,
+    ProbeSet,
+    builtin_probe_set,
+    decoded,
+    load_probe_set,
+    most_pairs,
+)
 
 if TYPE_CHECKING:
     from vfl_train.config import EvalConfig, KnockoutConfig
@@ -25,20 +31,22 @@ if TYPE_CHECKING:
 class Question:
     """One thing to ask: the turns before the answer, their images (opened when they are needed), the
     expected answer, how to judge it, and the row of the data file that it is (from 0, with its id and line),
-    if it is one."""
+    if it is one. `videos`: the frames of each."""
 
     function: str
     messages: tuple[Message, ...]
-    images: tuple[Image.Image | ImageRef, ...]
+    images: tuple[Picture, ...]
     answer: str
     match: str = "exact"
     row: int | None = None
     id: str = ""
     line: int | None = None
+    videos: tuple[tuple[Picture, ...], ...] = ()
 
-    def opened(self) -> list[Image.Image]:
-        """The images as RGB pictures."""
-        return [open_image(i) if isinstance(i, ImageRef) else i for i in self.images]
+    def opened(self) -> tuple[list[Image.Image], list[list[Image.Image]]]:
+        """The images and the frames of the videos as RGB pictures. Raises RowError."""
+        shown = [decoded(source) for source in (*self.images, *self.videos)]
+        return [i for images, _ in shown for i in images], [v for _, videos in shown for v in videos]
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,11 @@ def probe_questions(probes: ProbeSet) -> Iterator[Question]:
     """Both images of every pair."""
     for function, pairs in probes.pairs.items():
         for p in pairs:
-            asked = (user_message(p.pair.question),)
-            yield Question(function, asked, (p.source_a,), p.pair.answer_a, p.pair.match)
-            yield Question(function, asked, (p.source_b,), p.pair.answer_b, p.pair.match)
+            for source, answer in ((p.source_a, p.pair.answer_a), (p.source_b, p.pair.answer_b)):
+                videos = (source,) if isinstance(source, tuple) else ()
+                images = () if isinstance(source, tuple) else (source,)
+                asked = user_message(p.pair.question, len(images), videos=len(videos))
+                yield Question(function, (asked,), images, answer, p.pair.match, videos=videos)
 
 
 def row_questions(row: Row, match: str = "exact") -> Iterator[Question]:
@@ -103,4 +113,5 @@ def row_questions(row: Row, match: str = "exact") -> Iterator[Question]:
     if [m.role for m in row.messages if m.role != "system"] == ["user", "assistant"]:
         *before, reply = row.messages
         answer = reply.text.strip()
-        yield Question(row.source, tuple(before), row.images, answer, match, row.row, row.id, row.line)
+        place = (row.row, row.id, row.line)
+        yield Question(row.source, tuple(before), row.images, answer, match, *place, row.videos)

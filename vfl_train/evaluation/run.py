@@ -150,7 +150,7 @@ def estimate(
     """--dry-run: say how much there is to answer, and how long the first question takes by itself. `beside`:
     another model answers too."""
     counts = Counter(q.function for q in questions)
-    pictured = sum(bool(q.images) for q in questions)
+    pictured = sum(bool(q.images or q.videos) for q in questions)
     touched = asking.touched
     passes = {
         "as the model is": len(questions),
@@ -160,8 +160,8 @@ def estimate(
     }
     print(f"{len(questions)} questions: {', '.join(f'{name} {n}' for name, n in counts.items())}")
     print(f"{sum(passes.values())} answers: {', '.join(f'{n} {how}' for how, n in passes.items() if n)}")
-    first = next((q for q in questions if q.images), questions[0])
-    print(f"the first prompt has {vlm.prompt_of(first.messages, first.opened()).length} tokens")
+    first = next((q for q in questions if q.images or q.videos), questions[0])
+    print(f"the first prompt has {vlm.prompt_of(first.messages, *first.opened()).length} tokens")
     seconds = 0.0
     for _ in range(2):  # the first time warms up
         start = time.perf_counter()

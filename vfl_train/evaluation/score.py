@@ -130,7 +130,7 @@ def chunks(
     tokens = 0
     for question in questions:
         try:
-            prompt = vlm.prompt_of(question.messages, question.opened())
+            prompt = vlm.prompt_of(question.messages, *question.opened())
         except RowError as e:
             if question.row is None:
                 raise DataError(f"a question of {question.function} cannot be asked: {e.message}") from e

@@ -133,7 +133,7 @@ def projections_out(vlm: VisionLanguageModel, layer: int, module: str) -> dict[s
     """Name inside the layer -> the linear through which `module` adds to the residual stream.
     Raises ConfigError where there is no such linear."""
     inside, found = dict(vlm.layers[layer].named_modules()), {}
-    for part in silenced_modules(vlm, module):
+    for part in silenced_modules(vlm, layer, module):
         names = [f"{part}.{name}" for name in OUTPUTS if isinstance(inside.get(f"{part}.{name}"), nn.Linear)]
         if len(names) != 1:
             raise ConfigError(

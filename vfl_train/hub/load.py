@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vfl_train.errors import ConfigError, HubError, VerificationError
+from vfl_train.hub.fetching import fetching
 from vfl_train.schemas import MAX_PROFILE_BYTES, Profile, read_json
 
 if TYPE_CHECKING:
@@ -248,32 +249,21 @@ def profile_file(name: str) -> Path:
 
 def _fetch_profile(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,  # of the HTTP library that the Hub's client uses
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
 
     nowhere = f"there is no file or folder {repo}, and"
-    try:
+    with fetching(
+        missing=ConfigError(
+            f"{nowhere} the Hub has no repo {repo}, or gives no access",
+            "check the name; `hf auth login` for private repos",
+        ),
+        no_entry=ConfigError(f"{nowhere} the Hub repo {repo} has no {PROFILE} at its root"),
+        unreachable=HubError(
+            f"{nowhere} the Hub cannot be reached for it",
+            "check the connection, or give a local profile.json",
+        ),
+        failed=lambda reason: HubError(f"{nowhere} {PROFILE} of that Hub repo cannot be fetched: {reason}"),
+    ):
         found = hf_hub_download(repo, PROFILE, dry_run=True)  # nothing fetched: how large is it?
         if (found.file_size or 0) > MAX_PROFILE_BYTES:
             raise ConfigError(f"{PROFILE} of {repo} has {found.file_size} bytes: no profile is that large")
         return Path(hf_hub_download(repo, PROFILE))
-    except RemoteEntryNotFoundError as e:
-        raise ConfigError(f"{nowhere} the Hub repo {repo} has no {PROFILE} at its root") from e
-    except (HFValidationError, RepositoryNotFoundError) as e:
-        raise ConfigError(
-            f"{nowhere} the Hub has no repo {repo}, or gives no access",
-            "check the name; `hf auth login` for private repos",
-        ) from e
-    except LocalEntryNotFoundError as e:
-        raise HubError(
-            f"{nowhere} the Hub cannot be reached for it",
-            "check the connection, or give a local profile.json",
-        ) from e
-    except (OSError, HTTPError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise HubError(f"{nowhere} {PROFILE} of that Hub repo cannot be fetched: {reason}") from e

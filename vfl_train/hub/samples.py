@@ -39,7 +39,8 @@ def sample_inputs(processor: Any, count: int = SAMPLES, seed: int = 0) -> list[d
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        inputs.append(dict(processor(text=[text], images=[[image]], return_tensors="pt")))
+        made = processor(text=[text], images=[[image]], return_tensors="pt")
+        inputs.append({key: value for key, value in made.items() if key != "labels"})  # PaliGemma's
     return inputs
 
 
@@ -88,12 +89,15 @@ def _longer(inputs: dict[str, torch.Tensor], token: int) -> dict[str, torch.Tens
     """`inputs` with one more text token at the end of everything that has one entry a token."""
     ids = inputs["input_ids"]
     more = {"input_ids": token, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
-    return {
+    longer = {
         key: torch.cat([value, value.new_full((1, 1), more[key])], 1)
         if key in more and value.shape == ids.shape
         else value
         for key, value in inputs.items()
     }
+    if (mask := inputs.get("cross_attention_mask")) is not None:  # the new token sees what the last one sees
+        longer["cross_attention_mask"] = torch.cat([mask, mask[:, -1:]], 1)
+    return longer
 
 
 def relative_difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

@@ -71,6 +71,14 @@ def check_device(device: str) -> None:
         raise ConfigError(f"--device must be auto, cpu, mps, cuda or cuda:N, not {device!r}")
 
 
+def check_what_is_scored(probes: Path | None, data: str | None, match: str) -> None:
+    """Raises ConfigError for both `--probes` and `--data`, or a `--match` without the rows it judges."""
+    if probes is not None and data is not None:
+        raise ConfigError("--probes and --data exclude each other", "give one of them")
+    if match != "exact" and data is None:
+        raise ConfigError("--match is for --data", "each probe pair says itself how it is judged")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Config):
     """What every command that loads a model understands."""
