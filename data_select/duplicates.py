@@ -34,7 +34,8 @@ def difference_hash(image: Image.Image) -> bytes:
 
 
 def fingerprints(row: Row, images: Sequence[Image.Image]) -> tuple[int, bytes]:
-    """(63 bits that stand for the row's text and all images but the first, hash of the first image)."""
+    """(63 bits that stand for the row's text and all images but the first, hash of the first image);
+    `images`: its pictures, the frames of its videos among them."""
     hashes = [difference_hash(image) for image in images]
     digest = hashlib.blake2b(digest_size=8)
     for message in row.messages:
@@ -42,6 +43,8 @@ def fingerprints(row: Row, images: Sequence[Image.Image]) -> tuple[int, bytes]:
     for other in hashes[1:]:
         digest.update(other)
     digest.update(bytes([min(len(hashes), 255)]))
+    if row.videos:
+        digest.update(repr([len(frames) for frames in row.videos]).encode("ascii"))
     key = int.from_bytes(digest.digest(), "big") >> 1
     return key, hashes[0] if hashes else bytes(HASH_BYTES)
 

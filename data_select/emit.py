@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +135,7 @@ def _is_readable(row: Row, value: dict, family: str, tags: Mapping[str, str]) ->
     extra = [item for key, item in value.items() if key not in (family, "image", "images")]
     return (
         roles == wanted
+        and not row.videos
         and len(roles) % 2 == 0
         and all(set(turn) == {tags["role_tag"], tags["content_tag"]} for turn in turns)
         and all(isinstance(content, str) for content in contents)
@@ -194,33 +196,34 @@ def _swift_lines(
 
 
 def _portable(rows: Sequence[Row]) -> Iterator[Row]:
-    """The rows that these formats can hold: a text that says `<image>` would be taken for an image."""
-    left_out = 0
+    """The rows that these formats can hold: a text that says `<image>` would be taken for an image.
+    Videos are not written."""
+    left_out: Counter[str] = Counter()
     for row in rows:
-        if any(IMAGE_MARKER in _joined(message, "") for message in row.messages):
-            left_out += 1
+        if row.videos:
+            left_out["videos"] += 1
+        elif any(IMAGE_MARKER in message.text for message in row.messages):
+            left_out[f"`{IMAGE_MARKER}` in their text"] += 1
         else:
             yield row
-    if left_out:
-        log.warning("%d rows with `%s` in their text are left out of the copy", left_out, IMAGE_MARKER)
+    for what, count in left_out.items():
+        log.warning("%d rows with %s are left out of the copy", count, what)
 
 
 def _plain_turns(row: Row) -> list[dict[str, str]]:
     """The turns as texts with an `<image>` for each image; a last turn without an answer is dropped."""
-    turns = [{"role": m.role, "content": _joined(m, IMAGE_MARKER)} for m in row.messages]
+    turns = [{"role": m.role, "content": _joined(m)} for m in row.messages]
     return turns[:-1] if turns[-1]["role"] == "user" else turns
 
 
-def _joined(message: Message, marker: str) -> str:
+def _joined(message: Message) -> str:
     """The turn as one text, with the newline that belongs to a marker between it and a neighbouring text."""
-    if not marker:
-        return message.text
-    text = marker if message.content and isinstance(message.content[0], Image) else ""
+    text = IMAGE_MARKER if message.content and isinstance(message.content[0], Image) else ""
     if not text and message.content:
         text = _words(message.content[0])
     for before, part in pairwise(message.content):
         between = "" if type(before) is type(part) else "\n"
-        text += between + (marker if isinstance(part, Image) else _words(part))
+        text += between + (IMAGE_MARKER if isinstance(part, Image) else _words(part))
     return text
 
 

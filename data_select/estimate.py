@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vfl_train.data.rows import Row
 from vfl_train.data_select.scoring import Scorer
+from vfl_train.interventions.readout import Cost
 
 if TYPE_CHECKING:
     from vfl_train.data.pool import Pool
@@ -45,7 +46,7 @@ def estimate(pool: Pool, rows: int, scorer: Scorer, processes: int) -> Estimate 
     step = max(1, rows // PROBED)
     outcomes = (pool.row(number) for number in range(0, rows, step))
     probed = [outcome for outcome in outcomes if isinstance(outcome, Row)][:PROBED]
-    probe = Scorer(scorer.vlm, scorer.layers, scorer.ablation, scorer.path, scorer.batch_tokens)
+    probe = replace(scorer, rejected=[], cost=Cost())
     if not probe.score(probed[:4]):
         return None
     start = time.perf_counter()

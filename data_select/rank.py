@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from vfl_train.data_select import choose, flags
 from vfl_train.data_select.duplicates import HASH_BYTES, first_alike
 from vfl_train.data_select.shards import Scored
+from vfl_train.data_select.signature import Likeness
 from vfl_train.options import budget_rows, parse_weights
-from vfl_train.schemas import score_columns
+from vfl_train.schemas import BY_LAYER, score_columns
 
 if TYPE_CHECKING:
     from vfl_train.config import SelectConfig
@@ -49,14 +50,25 @@ def with_duplicates(scored: Scored) -> Scored:
     return replace(scored, table=table.set_column(table.schema.get_field_index("flags"), "flags", column))
 
 
-def rank(config: SelectConfig, scored: Scored, wanted: Sequence[str], functions: Sequence[str]) -> Selection:
+def rank(
+    config: SelectConfig,
+    scored: Scored,
+    wanted: Sequence[str],
+    functions: Sequence[str],
+    probes: pa.Table | None = None,
+) -> Selection:
     """The selection by `config`. Every method honours the budget, the cap per source and near-duplicates;
-    buckets, mix and doubts about labels are `vfl`'s alone. Raises ConfigError for a malformed option."""
-    deltas = {f: scored.column(f"delta_{f}") for f in functions}
-    losses = {f: scored.column(f"loss_{f}") for f in functions}
+    buckets, mix and doubts about labels are `vfl`'s alone. With the scores of `probes`, rows are sorted by
+    likeness to them (see `signature`). Raises ConfigError for a malformed option, DataError for too few
+    probes."""
     full, gain = scored.column("loss_full"), scored.column("visual_gain")
-    need = choose.needs(losses, deltas)
-    bucket = choose.buckets(need, deltas)
+    need, deltas = _needs(scored.table, functions)
+    if probes is None:
+        bucket = choose.buckets(need, deltas)
+    else:
+        known = _needs(probes, functions)[0]
+        like = Likeness(probes["source"].to_numpy(), probes["loss_full"].to_numpy(), _by_layer(probes), known)
+        bucket = like.buckets(full, _by_layer(scored.table), need, deltas)
     doubted = choose.suspicious(bucket, full, gain)
     budget = min(budget_rows(config.budget, len(bucket)), len(bucket))
     copies = flags.flagged(scored.table["flags"], flags.NEAR_DUPLICATE)
@@ -80,9 +92,22 @@ def rank(config: SelectConfig, scored: Scored, wanted: Sequence[str], functions:
         "bucket": pa.array(bucket), "score": pa.array(ranked[config.method]), "selected": pa.array(selected),
         "flags": flags.replaced(scored.table["flags"], flags.SUSPICIOUS, np.flatnonzero(doubted)),
     }  # fmt: skip
-    table = pa.table({name: columns[name] for name in score_columns(tuple(functions))})
+    names = score_columns(tuple(functions), BY_LAYER in scored.table.column_names)
+    table = pa.table({name: columns[name] for name in names})
     overlap = {m: choose.overlap(chosen, picks[m]) for m in METHODS if m != config.method}
     return Selection(table, chosen, budget, overlap)
+
+
+def _needs(table: pa.Table, functions: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """How far each function's layers move the odds of each row's answer, and its loss; [n] each."""
+    deltas = {f: table[f"delta_{f}"].to_numpy() for f in functions}
+    return choose.needs({f: table[f"loss_{f}"].to_numpy() for f in functions}, deltas), deltas
+
+
+def _by_layer(table: pa.Table) -> np.ndarray:
+    """The losses without each single layer, [n, L]."""
+    flat = pc.list_flatten(table[BY_LAYER]).to_numpy()
+    return flat.reshape(len(table), -1) if len(table) else flat.reshape(0, 1)
 
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:

@@ -45,7 +45,7 @@ def report(
     doubted = flags.flagged(selection.table["flags"], flags.SUSPICIOUS)
     facts = [
         (str(record["rows_selected"]), f"rows picked of {record['rows_kept']}"),
-        (config.method, f"method, ablation {config.ablation}"),
+        (config.method, f"method, ablation {config.ablation}, buckets by {record['bucket_rule']}"),
         *((percent(share), f"overlap with {name}") for name, share in record["overlap"].items()),
     ]
     lead = f"Rows that train {', '.join(record['functions'])}, scored by {record['model']}."
@@ -75,7 +75,7 @@ def bucket_rows(record: dict[str, Any]) -> list[dict[str, str]]:
 
 def first_image(row: Row) -> Any:
     """The first picture of a row, None for a text-only one."""
-    return open_image(row.images[0]) if row.images else None
+    return open_image(row.pictures[0]) if row.pictures else None
 
 
 def first_turn(row: Row) -> tuple[str, str]:

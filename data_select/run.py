@@ -33,16 +33,21 @@ from vfl_train.data_select.shards import (
     base_key,
     code_digest,
     processor_digest,
+    read_probes,
     read_shards,
+    score_probes,
     score_shards,
 )
+from vfl_train.data_select.signature import PAIRS, overlapping, probe_rows
 from vfl_train.errors import ConfigError, DataError
+from vfl_train.functions.builtin.canvas import SIZE
+from vfl_train.functions.probes import ProbeSet, builtin_probe_set, load_probe_set
 from vfl_train.hub.load import profile_file
 from vfl_train.models import VisionLanguageModel
 from vfl_train.models.digest import model_digest
 from vfl_train.options import budget_rows, parse_weights
 from vfl_train.runs import SHARDS, RunFolder, file_sha256, fingerprint
-from vfl_train.schemas import Profile, read_json, score_columns
+from vfl_train.schemas import BUILTIN_FUNCTIONS, Profile, read_json, score_columns
 from vfl_train.training.distributed import device_of, exchange, open_run, session, world
 from vfl_train.training.launch import relaunch
 
@@ -53,6 +58,7 @@ __all__ = ["bucket_rows", "first_image", "first_turn", "function_layers", "selec
 
 PATIENCE = 30 * 24 * 3600  # seconds that a process which has scored its rows waits for the others
 PACKAGES = ("torch", "transformers")
+PROBES = "probes.parquet"  # scores of the probes that signatures are learned from
 _UNREADABLE = (Reason.placeholder_in_text, Reason.not_encodable)  # only this model's processor objects
 log = logging.getLogger(__name__)
 
@@ -76,13 +82,21 @@ def _select(config: SelectConfig) -> dict[str, Any]:
     layers = function_layers(profile, config)
     pool = open_pool(config.data, config.image_root)
     rows = len(pool) if config.limit is None else min(len(pool), config.limit)
-    inputs, scorer, base = {"profile": file_sha256(source), "data": pool.sha256}, None, ""
+    rule = bucket_rule(config, layers)
+    inputs, scorer, probes = {"profile": file_sha256(source), "data": pool.sha256}, None, None
+    base = ""
     if config.from_scores is None:
         vlm = _load_model(config, profile)
-        scorer = Scorer(vlm, layers, config.ablation, batch_tokens=config.batch_tokens)
+        scorer = Scorer(
+            vlm, layers, config.ablation, batch_tokens=config.batch_tokens, by_layer=rule == "signature"
+        )
+        if scorer.by_layer:
+            probes = _probes(config, vlm, list(layers))
+            inputs["probe_set"] = probes.sha256
         inputs |= _scoring_inputs(scorer)
         versions = {name: metadata.version(name) for name in PACKAGES}
-        base = base_key({**inputs, "data": "", "layers": layers, "ablation": config.ablation, **versions})
+        facts = {"data": "", "layers": layers, "ablation": config.ablation, "by_layer": scorer.by_layer}
+        base = base_key({**inputs, **facts, **versions})
         _say_cost(config, pool, rows, scorer)
     else:
         inputs["from_scores"] = file_sha256(_scores_file(config.from_scores))
@@ -93,28 +107,33 @@ def _select(config: SelectConfig) -> dict[str, Any]:
             _print(f"already done: {run.folder}")
             return {}
         if scorer is not None:
-            folder, here = config.output / SHARDS, world()
-            score_shards(pool, rows, scorer, list(layers), folder, base, here.rank, here.size)
+            folder, here, names = config.output / SHARDS, world(), list(layers)
+            if probes is not None and here.is_main:
+                score_probes(probe_rows(probes, names), scorer, names, folder / PROBES, base)
+            score_shards(pool, rows, scorer, names, folder, base, here.rank, here.size)
             exchange(None, "the scores")
         if not world().is_main:
             return {}
         if scorer is not None:
-            scored = with_duplicates(read_shards(config.output / SHARDS, rows, list(layers)))
+            scored = with_duplicates(read_shards(folder, rows, names, scorer.by_layer))
+            like = read_probes(folder / PROBES) if scorer.by_layer else None
             model = config.model
         else:
-            scored, model = _read_scores(config, layers, pool, rows)
-        return _finish(config, run, _Facts(pool, rows, layers, model), scored)
+            scored, like, model = _read_scores(config, layers, pool, rows, rule)
+        return _finish(config, run, _Facts(pool, rows, layers, model, rule, like), scored)
 
 
 @dataclass(frozen=True)
 class _Facts:
     """What is selected from: the first `rows` rows of `pool`, by these functions' layers, as `model` scored
-    them."""
+    them; sorted by `rule`, for `signature` by likeness to the scored `probes`."""
 
     pool: Pool
     rows: int
     layers: dict[str, list[int]]
     model: str
+    rule: str
+    probes: pa.Table | None
 
 
 def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[int]]:
@@ -133,6 +152,19 @@ def function_layers(profile: Profile, config: SelectConfig) -> dict[str, list[in
     return layers
 
 
+def bucket_rule(config: SelectConfig, layers: dict[str, list[int]]) -> str:
+    """`need` or `signature`; what `auto` means for functions with these `layers`."""
+    if config.bucket_rule != "auto":
+        return config.bucket_rule
+    if config.method != "vfl" or not overlapping(layers):
+        return "need"
+    unknown = [name for name in layers if name not in BUILTIN_FUNCTIONS]
+    if unknown and config.probes is None:
+        log.warning("functions share layers; give --probes with pairs of %s to tell their rows", unknown[0])
+        return "need"
+    return "signature"
+
+
 # --- scores ----------------------------------------------------------------------------------------
 
 
@@ -146,6 +178,13 @@ def _load_model(config: SelectConfig, profile: Profile) -> VisionLanguageModel:
         if world().is_main:
             Console(stderr=True).print(f"warning: {warning}", markup=False)
     return vlm
+
+
+def _probes(config: SelectConfig, vlm: VisionLanguageModel, functions: list[str]) -> ProbeSet:
+    """The pairs that signatures are learned from. Raises ConfigError, DataError."""
+    if config.probes is not None:
+        return load_probe_set(config.probes, functions, PAIRS)
+    return builtin_probe_set(functions, PAIRS, config.seed, world=vlm.world, box=vlm.box_convention(SIZE))
 
 
 def _scoring_inputs(scorer: Scorer) -> dict[str, str]:
@@ -175,10 +214,11 @@ def _scores_file(folder: Path) -> Path:
 
 
 def _read_scores(
-    config: SelectConfig, layers: dict[str, list[int]], pool: Pool, rows: int
-) -> tuple[Scored, str]:
-    """Scores of an earlier run over the same data, with the rows which that run could not score, and the name
-    of its model. Raises ConfigError if it was of other rows, other layers or another ablation."""
+    config: SelectConfig, layers: dict[str, list[int]], pool: Pool, rows: int, rule: str
+) -> tuple[Scored, pa.Table | None, str]:
+    """Scores of an earlier run over the same data, with the rows which that run could not score, those of the
+    probes if `rule` needs them, and the name of its model. Raises ConfigError if it was of other rows, other
+    layers or another ablation, or lacks what `rule` needs."""
     folder = config.from_scores
     assert folder is not None
     earlier, again = read_json(folder / "selection.json"), "score this data with this profile again"
@@ -192,16 +232,20 @@ def _read_scores(
     for what, theirs, wanted, fix in compared:
         if theirs != wanted:
             raise ConfigError(f"{folder} was scored with {what} {theirs}, not {wanted}", fix)
+    by_layer = earlier.get("bucket_rule") == "signature"
+    if rule == "signature" and not by_layer:
+        raise ConfigError(f"{folder} was scored without signatures", f"{again}, or give --bucket-rule need")
     try:
+        like = pq.read_table(folder / PROBES) if rule == "signature" else None
         table = pq.read_table(_scores_file(folder))
         rejected = [_rejected(line) for line in (folder / "quarantine.jsonl").open(encoding="ascii")]
     except (pa.ArrowInvalid, OSError, KeyError, ValueError) as e:
         raise ConfigError(f"the scores in {folder} cannot be read: {e}", again) from e
-    if table.column_names != score_columns(tuple(layers)) or len(table) + len(rejected) != rows:
+    if table.column_names != score_columns(tuple(layers), by_layer) or len(table) + len(rejected) != rows:
         raise ConfigError(f"{folder}/scores.parquet is not whole", again)
     path = earlier.get("forwards", {})
     scored = Scored(table, rejected, path.get("all", 0), Counter(path.get("on_reference_path", {})))
-    return scored, str(earlier.get("model"))
+    return scored, like, str(earlier.get("model"))
 
 
 def _rejected(line: str) -> Rejected:
@@ -220,11 +264,14 @@ def _finish(config: SelectConfig, run: RunFolder, of: _Facts, scored: Scored) ->
         raise DataError(f"{config.data} holds no usable row", "`vfl-train data check` says why")
     mix = parse_weights(config.mix, "--mix") if config.mix else {}
     wanted = list(config.functions or mix or of.layers)
-    selection = rank(config, scored, wanted, list(of.layers))
+    selection = rank(config, scored, wanted, list(of.layers), of.probes)
     record = _record(config, of, wanted, scored, selection)
     numbers = selection.column("row")[selection.chosen].tolist()
     with run.replacing("scores.parquet") as path:
         pq.write_table(selection.table, path)
+    if of.probes is not None:
+        with run.replacing(PROBES) as path:
+            pq.write_table(of.probes, path)
     selected = run.path(record["selected"])
     of.pool.write(numbers, selected)
     with run.replacing("quarantine.jsonl") as path:
@@ -257,7 +304,7 @@ def _record(
     picked = _counts(table.take(selection.chosen)["bucket"])
     return {
         "schema_version": 1,
-        "model": of.model, "method": config.method, "ablation": config.ablation,
+        "model": of.model, "method": config.method, "ablation": config.ablation, "bucket_rule": of.rule,
         "reference": "previous level" if config.ablation == "nested" else "full model",
         "functions": wanted, "layers": of.layers,
         "layer_rule": config.layer_rule,

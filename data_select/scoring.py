@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from vfl_train.data.images import RejectedImage, open_image
 from vfl_train.data.rows import Reason, Rejected, Row, RowError, reject
+from vfl_train.data.videos import open_row
 from vfl_train.data_select.duplicates import fingerprints
 from vfl_train.errors import ConfigError, NumericError
 from vfl_train.interventions import Branch, Intervention, Prompt, drop, read_out, swap
@@ -36,8 +36,8 @@ GREY = (128, 128, 128)
 
 @dataclass(frozen=True)
 class Scores:
-    """The measured numbers of one sample. Losses in nats per answer token. `text_key`, `image_hash`: see
-    `duplicates.fingerprints`."""
+    """The measured numbers of one sample. Losses in nats per answer token; `by_layer`: without each single
+    layer, if asked for. `text_key`, `image_hash`: see `duplicates.fingerprints`."""
 
     row: Row
     n_answer_tokens: int
@@ -48,6 +48,7 @@ class Scores:
     flags: tuple[str, ...] = ()
     text_key: int = 0
     image_hash: bytes = b""
+    by_layer: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,26 +69,30 @@ class _Sample:
 
 @dataclass
 class Scorer:
-    """Scores samples under `ablation`; `layers`: the layers of each function."""
+    """Scores samples under `ablation`; `layers`: the layers of each function. `by_layer`: take each single
+    layer away, too (see `signature`)."""
 
     vlm: VisionLanguageModel
     layers: Mapping[str, Sequence[int]]
     ablation: str = "block"
     path: str = "engine"
     batch_tokens: int = 8192
+    by_layer: bool = False
     rejected: list[Rejected] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 
     def branches(self) -> dict[str, Branch]:
         """The branch of each function. `nested`: cumulative drops from the function's first layer on."""
-        depth = self.vlm.num_layers
-        if self.ablation == "blank":
-            return {f: swap(k, "blank") for f, k in self.layers.items()}
-        if self.ablation == "knockout":
-            return {f: (Intervention("knockout", frozenset(k)),) for f, k in self.layers.items()}
         if self.ablation == "nested":
-            return {f: drop(range(min(k), depth)) for f, k in self.layers.items()}
-        return {f: drop(k) for f, k in self.layers.items()}
+            return {f: drop(range(min(k), self.vlm.num_layers)) for f, k in self.layers.items()}
+        return {f: self._without(k) for f, k in self.layers.items()}
+
+    def _without(self, layers: Sequence[int]) -> Branch:
+        if self.ablation == "blank":
+            return swap(layers, "blank")
+        if self.ablation == "knockout":
+            return (Intervention("knockout", frozenset(layers)),)
+        return drop(layers)
 
     def score(self, rows: Sequence[Row]) -> list[Scores]:
         """Scores of all rows that this model can encode, in order; the others go to `rejected`. Raises
@@ -110,33 +115,39 @@ class Scorer:
     def _sample(self, row: Row) -> _Sample | None:
         """None: this model cannot encode the row."""
         try:
-            images = [open_image(ref) for ref in row.images]
-            encoded = self.vlm.encoder.encode(row.messages, images)
-            prompt = self.vlm.located(encoded.inputs, len(images), encoded.places)
+            images, videos = open_row(row)
+            prompt, mask = self._located(row, images, videos)
             blank = None
-            if self.ablation == "blank" and images:
-                blanks = [Image.new("RGB", image.size, GREY) for image in images]
-                grey = self.vlm.encoder.encode(row.messages, blanks)
-                blank = self.vlm.located(grey.inputs, len(images), grey.places)
-        except (RejectedImage, RowError) as e:
+            if self.ablation == "blank" and row.pictures:
+                blank, _ = self._located(row, _grey(images), [_grey(frames) for frames in videos])
+        except RowError as e:
             self.rejected.append(reject(row, e))
             return None
         except ConfigError as e:  # a prompt in which this model's images cannot be told apart
             self.rejected.append(reject(row, RowError(Reason.not_encodable, e.message)))
             return None
-        positions = tuple(torch.nonzero(encoded.answer_mask)[:, 0].tolist())
+        positions = tuple(torch.nonzero(mask)[:, 0].tolist())
         if not positions:
             self.rejected.append(reject(row, RowError(Reason.no_answer, "no answer token to score")))
             return None
-        return _Sample(row, prompt, blank, positions, fingerprints(row, images))
+        pictures = [*images, *(frame for frames in videos for frame in frames)]
+        return _Sample(row, prompt, blank, positions, fingerprints(row, pictures))
+
+    def _located(
+        self, row: Row, images: list[Image.Image], videos: list[list[Image.Image]]
+    ) -> tuple[Prompt, torch.Tensor]:
+        """The row as a prompt, and its answer mask [T]."""
+        encoded = self.vlm.encoder.encode(row.messages, images, videos)
+        count = len(images) + len(videos)
+        return self.vlm.located(encoded.inputs, count, encoded.places), encoded.answer_mask
 
     # --- reading ---------------------------------------------------------------------------------
 
     def _score_window(self, samples: Sequence[_Sample]) -> list[Scores]:
         """In the order of `samples`; they are read in that of their lengths, which saves padding."""
         by_length = sorted(samples, key=lambda s: s.lengths)
-        texts = [s for s in by_length if not s.row.images]
-        visual = [s for s in by_length if s.row.images]
+        texts = [s for s in by_length if not s.row.pictures]
+        visual = [s for s in by_length if s.row.pictures]
         found = {s.row.row: scores for s, scores in [*self._of_visual(visual), *self._of_texts(texts)]}
         return [found[s.row.row] for s in samples]
 
@@ -147,10 +158,13 @@ class Scorer:
         for sample in samples:
             full = next(losses)
             same, zeros = dict.fromkeys(self.layers, full), dict.fromkeys(self.layers, 0.0)
-            yield sample, self._scores(sample, full, same, zeros, 0.0, ("text_only",))
+            each = (full,) * (self.vlm.num_layers if self.by_layer else 0)
+            yield sample, self._scores(sample, full, same, zeros, 0.0, each, ("text_only",))
 
     def _of_visual(self, samples: Sequence[_Sample]) -> Iterator[tuple[_Sample, Scores]]:
-        branches = [(), *self.branches().values(), drop(range(self.vlm.num_layers))]
+        depth, functions = self.vlm.num_layers, self.branches()
+        single = [self._without([k]) for k in range(depth)] if self.by_layer else []
+        branches = [(), *functions.values(), drop(range(depth)), *single]
         plan = [
             BranchRow(
                 s.prompt,
@@ -163,12 +177,11 @@ class Scorer:
         ]
         losses = self._read(plan, samples, self.path)
         for sample in samples:
-            full, *of_functions, blind = (next(losses) for _ in branches)
-            per_function = dict(zip(self.layers, of_functions, strict=True))
-            yield (
-                sample,
-                self._scores(sample, full, per_function, self._deltas(full, per_function), blind - full),
-            )
+            full, *found = (next(losses) for _ in branches)
+            blind, each = found[len(functions)], tuple(found[len(functions) + 1 :])
+            per_function = dict(zip(functions, found, strict=False))
+            deltas = self._deltas(full, per_function)
+            yield sample, self._scores(sample, full, per_function, deltas, blind - full, each)
 
     def _read(self, plan: Sequence[BranchRow], samples: Sequence[_Sample], path: str) -> Iterator[float]:
         """The loss of each row of `plan`, which holds equally many for each sample. Raises NumericError
@@ -202,10 +215,15 @@ class Scorer:
         losses: dict[str, float],
         deltas: dict[str, float],
         gain: float,
+        by_layer: tuple[float, ...],
         flags: tuple[str, ...] = (),
     ) -> Scores:
         n = len(sample.positions)
-        return Scores(sample.row, n, full, losses, deltas, gain, flags, *sample.keys)
+        return Scores(sample.row, n, full, losses, deltas, gain, flags, *sample.keys, by_layer)
+
+
+def _grey(images: Sequence[Image.Image]) -> list[Image.Image]:
+    return [Image.new("RGB", image.size, GREY) for image in images]
 
 
 def _needs_blank(branch: Branch) -> bool:

@@ -33,7 +33,7 @@ from vfl_train.data_select.scoring import Scores
 from vfl_train.errors import DataError
 from vfl_train.interventions.readout import Cost
 from vfl_train.progress import track
-from vfl_train.schemas import score_columns
+from vfl_train.schemas import BY_LAYER, score_columns
 
 if TYPE_CHECKING:
     from vfl_train.data.pool import Pool
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 class AnyScorer(Protocol):
     """What `Scorer` is to this module."""
 
+    by_layer: bool
     rejected: list[Rejected]
     cost: Cost
 
@@ -98,17 +99,41 @@ def score_shards(
         if read_shard(path, key) is not None:
             reused += 1
             continue
-        scorer.rejected, scorer.cost = [], Cost()
-        scored = scorer.score([outcome for outcome in outcomes if isinstance(outcome, Row)])
-        rejected = [*(o for o in outcomes if isinstance(o, Rejected)), *scorer.rejected]
-        write_shard(path, _as_table(scored, rejected, functions), key, scorer.cost)
+        _score(outcomes, scorer, functions, path, key)
     if reused:
         log.info("%d of %d blocks were scored before", reused, len(mine))
 
 
-def read_shards(folder: Path, rows: int, functions: Sequence[str]) -> Scored:
+def score_probes(
+    rows: Sequence[Row], scorer: AnyScorer, functions: Sequence[str], path: Path, base: str
+) -> None:
+    """Write the scores of probe rows to `path`, if they are not there yet. Errors as `score_shards`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = shard_key(base, rows)
+    if read_shard(path, key) is None:
+        _score(rows, scorer, functions, path, key)
+
+
+def _score(
+    outcomes: Sequence[Row | Rejected], scorer: AnyScorer, functions: Sequence[str], path: Path, key: str
+) -> None:
+    scorer.rejected, scorer.cost = [], Cost()
+    scored = scorer.score([outcome for outcome in outcomes if isinstance(outcome, Row)])
+    rejected = [*(o for o in outcomes if isinstance(o, Rejected)), *scorer.rejected]
+    write_shard(path, _as_table(scored, rejected, functions, scorer.by_layer), key, scorer.cost)
+
+
+def read_probes(path: Path) -> pa.Table:
+    """The scores of probe rows. Raises DataError."""
+    found = _open(path)
+    if found is None:
+        raise DataError(f"{path} is missing or damaged", "run the command again")
+    return found[0].filter(pc.is_null(found[0]["code"]))
+
+
+def read_shards(folder: Path, rows: int, functions: Sequence[str], by_layer: bool = False) -> Scored:
     """The scores of all shards. Raises DataError if one is missing or damaged."""
-    measured = [c for c in score_columns(tuple(functions)) if c not in _CHOSEN]
+    measured = [c for c in score_columns(tuple(functions), by_layer) if c not in _CHOSEN]
     tables, rejected, forwards, reasons = [], [], 0, Counter[str]()
     for number in range(len(blocks(rows))):
         found = _open(folder / f"{number:06d}.parquet")
@@ -144,7 +169,7 @@ def _identity(outcome: Row | Rejected) -> Iterator[object]:
         yield from (outcome.row, outcome.code, outcome.detail)
         return
     yield outcome.uid
-    for ref in outcome.images:
+    for ref in outcome.pictures:
         yield ref.label
         if ref.path is not None:  # bytes inside the data file are in its hash
             try:
@@ -189,7 +214,9 @@ def _open(path: Path) -> tuple[pa.Table, dict[str, Any]] | None:
         return None
 
 
-def _as_table(scored: Sequence[Scores], rejected: Sequence[Rejected], functions: Sequence[str]) -> pa.Table:
+def _as_table(
+    scored: Sequence[Scores], rejected: Sequence[Rejected], functions: Sequence[str], by_layer: bool
+) -> pa.Table:
     """The rows of a block in input order; what a scored or a rejected row does not have is null."""
     fields: list[tuple[str, pa.DataType]] = [
         ("row", pa.int64()), ("uid", pa.string()), ("source", pa.string()), ("n_answer_tokens", pa.int32()),
@@ -198,6 +225,8 @@ def _as_table(scored: Sequence[Scores], rejected: Sequence[Rejected], functions:
         ("flags", pa.list_(pa.string())), ("text_key", pa.int64()), ("image_hash", pa.binary(HASH_BYTES)),
         ("id", pa.string()), ("line", pa.int64()), ("code", pa.string()), ("detail", pa.string()),
     ]  # fmt: skip
+    if by_layer:
+        fields.append((BY_LAYER, pa.list_(pa.float64())))
     entries = sorted(chain(map(_entry, scored), map(_refusal, rejected)), key=lambda entry: entry["row"])
     return pa.Table.from_pylist(entries, pa.schema(fields))
 
@@ -208,7 +237,7 @@ def _entry(s: Scores) -> dict[str, Any]:
         "loss_full": s.loss_full, "visual_gain": s.visual_gain, "flags": list(s.flags),
         "text_key": s.text_key, "image_hash": s.image_hash or bytes(HASH_BYTES),
         **{f"loss_{f}": value for f, value in s.losses.items()},
-        **{f"delta_{f}": value for f, value in s.deltas.items()},
+        **{f"delta_{f}": value for f, value in s.deltas.items()}, BY_LAYER: list(s.by_layer),
     }  # fmt: skip
 
 

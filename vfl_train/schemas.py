@@ -19,6 +19,7 @@ from vfl_train.errors import ConfigError, DataError
 SCHEMA_VERSION = 1
 BUILTIN_FUNCTIONS = ("recognition", "emotion", "count", "grounding", "relation", "ocr")
 FUNCTION_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+BY_LAYER = "loss_by_layer"  # column of scores.parquet: losses without each single layer
 LANGUAGE = "language"  # the bucket of rows that do not need the image; never a function's name
 INTERVENTIONS = ("swap", "drop", "drop-from")
 PHASES = ("text", "decode")
@@ -57,14 +58,17 @@ def read_json(path: Path) -> Any:
 # --- probe sets --------------------------------------------------------------------------------
 
 
+IMAGE_KEYS = ("image_a", "image_b")
+
+
 @dataclass(frozen=True)
 class ProbePair:
     """One line of `pairs.jsonl`: two images, one question, the right answer for each image.
-    `image_a`, `image_b` are paths inside the probe folder."""
+    `image_a`, `image_b` are paths inside the probe folder, or of videos the list of their frames' paths."""
 
     function: str
-    image_a: str
-    image_b: str
+    image_a: str | tuple[str, ...]
+    image_b: str | tuple[str, ...]
     question: str
     answer_a: str
     answer_b: str
@@ -76,10 +80,14 @@ class ProbePair:
         if not isinstance(value, dict):
             raise DataError("a pair must be a JSON object")
         known = {f.name for f in fields(cls)}
+        given: dict[str, Any] = {k: v for k, v in value.items() if k in known}
         for key in known - {"match"}:
-            if not isinstance(value.get(key), str) or not value[key].strip():
+            frames = given.get(key) if key in IMAGE_KEYS else None
+            texts = frames if isinstance(frames, list) and frames else [given.get(key)]
+            if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise DataError(f"key {key!r} is missing, empty or not a string")
-        pair = cls(**{k: v for k, v in value.items() if k in known})
+        given |= {k: tuple(v) for k, v in given.items() if isinstance(v, list)}
+        pair = cls(**given)
         if not FUNCTION_NAME.match(pair.function) or pair.function == LANGUAGE:
             raise DataError(f"{pair.function!r} is not a function name")
         if pair.match not in MATCHES:
@@ -315,8 +323,9 @@ def wilson(successes: float, n: float, z: float = 1.959963984540054) -> list[flo
 # --- scores.parquet ----------------------------------------------------------------------------
 
 
-def score_columns(functions: tuple[str, ...]) -> list[str]:
-    """Columns of `scores.parquet` in order."""
+def score_columns(functions: tuple[str, ...], by_layer: bool = False) -> list[str]:
+    """Columns of `scores.parquet` in order; `by_layer`: with the losses without each single layer."""
     per_function = [f"{kind}_{f}" for f in functions for kind in ("loss", "delta")]
     head = ["uid", "row", "source", "n_answer_tokens", "loss_full"]
-    return [*head, *per_function, "visual_gain", "bucket", "score", "flags", "selected"]
+    tail = ["bucket", "score", "flags", "selected"]
+    return [*head, *per_function, "visual_gain", *([BY_LAYER] if by_layer else []), *tail]

@@ -180,7 +180,7 @@ def test_rows_that_cannot_be_encoded_are_quarantined(vlm, pool, monkeypatch):
 
 def test_images_that_cannot_be_told_apart_are_quarantined(pool, monkeypatch):
     vlm = tiny_vlm("qwen2_5_vl")
-    monkeypatch.setattr("vfl_train.data.collator.places_of", lambda outputs, images: ())
+    monkeypatch.setattr("vfl_train.data.collator.places_of", lambda *_: ())
     monkeypatch.setattr("vfl_train.models.vlm._runs", lambda mask: [(1, 2)])
     scorer = Scorer(vlm, FUNCTIONS)
     scored = scorer.score(read_dataset(pool).rows)

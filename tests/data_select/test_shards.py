@@ -30,6 +30,8 @@ SIZE = 8  # rows of a shard here
 class Fake:
     """A scorer that counts what it is asked for and refuses row 5."""
 
+    by_layer = False
+
     def __init__(self):
         self.rejected, self.cost, self.asked = [], Cost(), []
 
