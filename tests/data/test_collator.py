@@ -172,6 +172,22 @@ def test_thinking_template_supervises_content_only(make_qwen_processor):
     assert supervised(encoder, encoded) == ["three<|im_end|>", "text<|im_end|>", "what<|im_end|>"]
 
 
+def test_template_of_plain_strings_gets_them(make_qwen_processor):
+    """GLM-4.1V's writes the content of system and assistant turns as it is: given parts, it prints a list."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}<|image_pad|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = Encoder(make_qwen_processor(template=template))
+    messages = [Message("system", (Text("be kind"),)), *CONVERSATIONS["three turns"]]
+    encoded = encoder.encode(messages, images_of(messages))
+    assert supervised(encoder, encoded) == ["three<|im_end|>", "text<|im_end|>", "what<|im_end|>"]
+    text = encoder.tokenizer.decode(encoded.inputs["input_ids"][0])
+    assert text.startswith("<|im_start|>system\nbe kind<|im_end|>") and "[{" not in text
+
+
 def test_trimming_template_is_followed(make_qwen_processor):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"

@@ -48,7 +48,8 @@ def _delete(row: dict, rng: random.Random) -> bytes:
 
 
 def _extra(row: dict, rng: random.Random) -> bytes:
-    row[rng.choice(["x", "image", "images", "messages", "system", "source", "id"])] = rng.choice(VALUES)
+    keys = ["x", "image", "images", "videos", "messages", "system", "source", "id"]
+    row[rng.choice(keys)] = rng.choice(VALUES)
     return json.dumps(row).encode()
 
 
@@ -94,7 +95,15 @@ def _long(row: dict, rng: random.Random) -> bytes:
     return json.dumps(row).encode()
 
 
-MUTATIONS = [_set, _set, _set, _delete, _delete, _extra, _duplicate_turn, _bytes, _bytes, _cut, _literal]
+def _film(row: dict, rng: random.Random) -> bytes:
+    row["videos"] = [rng.choices(["a.png", "b.png", "page.png", "no.png"], k=rng.randrange(4))]
+    row["conversations"][0]["value"] = "<video>" + row["conversations"][0]["value"]
+    return _set(row, rng) if rng.random() < 0.5 else json.dumps(row).encode()
+
+
+MUTATIONS = [
+    _set, _set, _set, _delete, _delete, _extra, _duplicate_turn, _bytes, _bytes, _cut, _literal, _film,
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_system_turns():
         ({"conversations": ["text"]}, Reason.wrong_type),
         ({"conversations": [{"from": "human", "value": 7}]}, Reason.wrong_type),
         ({"messages": [{"role": "user", "content": None}]}, Reason.wrong_type),
-        (chat([{"type": "video"}], "a"), Reason.wrong_type),
+        (chat([{"type": "audio"}], "a"), Reason.wrong_type),
         (talk("q", "a", image=7), Reason.wrong_type),
         (talk("q", "a", images="a.png"), Reason.wrong_type),
         (talk("<image>q", "a", image=[7]), Reason.wrong_type),

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from world_rows import in_turn, world_rows, write_jsonl
 
 from vfl_train.config import LoraConfig
-from vfl_train.phantom import world
 
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 rows in messages JSONL: a scene, a question, its answer."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    lines = []
-    for index in range(24):
-        scene = world.sample_scene(rng)
-        Image.fromarray(world.draw(scene)).save(folder / f"{index}.png")
-        function = world.FUNCTIONS[index % len(world.FUNCTIONS)]
-        messages = [
-            {"role": "user", "content": f"<image>{world.QUESTIONS[function]}"},
-            {"role": "assistant", "content": world.answer(scene, function)},
-        ]
-        lines.append(json.dumps({"messages": messages, "images": [f"{index}.png"]}))
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_jsonl(folder / "rows.jsonl", world_rows(folder, in_turn(24)))
 
 
 @pytest.fixture(scope="session")

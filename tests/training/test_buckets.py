@@ -41,6 +41,10 @@ def test_selected_rows_are_found_beside_their_scores(find, selection: Path) -> N
     assert found.sha256 == file_sha256(selection.parent / "scores.parquet")
 
 
+def test_the_folder_that_select_wrote_stands_for_what_it_picked(find, selection: Path) -> None:
+    assert find(selection.parent).of == WANTED
+
+
 def test_a_copy_elsewhere_needs_scores(find, selection: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere.jsonl"
     copy.write_bytes(selection.read_bytes())

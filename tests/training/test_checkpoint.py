@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import random
 import shutil
@@ -273,21 +272,6 @@ def test_too_little_room_is_refused_before_the_first_step(tmp_path: Path, monkey
 # --- R5: whose checkpoint ------------------------------------------------------------------------------
 
 
-def test_differences_are_refused_by_key_or_told(caplog) -> None:
-    from vfl_train.fingerprints import allowed_keys, refuse_differences
-
-    other = {**FINGERPRINT, "options": {"learning_rate": 2e-4}}
-    with pytest.raises(ConfigError, match=r"options\.learning_rate was 0\.0001, is now 0\.0002"):
-        refuse_differences("checkpoint step-000002", FINGERPRINT, other)
-    allowed = allowed_keys(other, ["--learning-rate"])
-    assert allowed == {"options.learning_rate"} == allowed_keys(other, ["options.learning_rate"])
-    with caplog.at_level(logging.WARNING):
-        assert refuse_differences("here", FINGERPRINT, other, allowed) == ("options.learning_rate",)
-    assert "options.learning_rate was 0.0001, is now 0.0002, as allowed" in caplog.text
-    with pytest.raises(ConfigError, match="did you mean learning_rate"):
-        allowed_keys(other, ["learning_rat"])
-
-
 def test_checkpoints_stay_until_the_run_is_done_and_are_in_no_manifest(tmp_path: Path) -> None:
     from vfl_train.runs import CHECKPOINTS, RunFolder
 
@@ -342,7 +326,12 @@ def test_allowed_settings_go_on_and_a_finished_run_never_changes(tmp_path: Path)
     with pytest.raises(RuntimeError), RunFolder.open(tmp_path, FINGERPRINT) as run:
         run.write_text("half.txt", "x")
         raise RuntimeError
+    for option, offered in ((None, False), ([], True)):
+        with pytest.raises(ConfigError) as caught:
+            RunFolder.open(tmp_path, other, allow_change=option)
+        assert ("--allow-config-change learning_rate" in caught.value.fix) is offered
     with RunFolder.open(tmp_path, other, allow_change=["learning_rate"]) as run:
         assert run.resumed
-    with pytest.raises(ConfigError, match=r"options\.learning_rate was 0\.0002, is now 0\.0001"):
+    with pytest.raises(ConfigError, match=r"options\.learning_rate was 0\.0002, is now 0\.0001") as caught:
         RunFolder.open(tmp_path, FINGERPRINT, allow_change=["learning_rate"])
+    assert "--allow-config-change" not in caught.value.fix

@@ -87,6 +87,19 @@ def test_processes_share_the_steps_and_the_probe_runs_without_deepspeed(
     assert "it pays with more than one pass" in shown  # the last step is not a whole one: still one pass
 
 
+def test_time_from_the_cache_is_that_of_its_steps_and_of_filling_it() -> None:
+    """L = 12 from layer 8 without head and tower: 16 units a step, 8 of them from the cache."""
+    shape = module.Shape(12, 8, 64, 128, 1, 1, 10.0)
+    known = dict(
+        steps=100, rows_a_step=1, memory=1.0, step_seconds=2.0, reason="", adapter_bytes=1.0,
+        checkpoint_bytes=1.0, checkpoints=0, shape=shape, cache_bytes=1.0, passes=4.0,
+    )  # fmt: skip
+    plain, cached = (module.Estimate(**known, cached=c).text() for c in (False, True))
+    assert f"100 steps: about {module.duration(200)} " in plain
+    assert f"prefix cache: about {module.duration(100)} " in cached
+    assert f"{module.duration(25)} to fill it" in cached
+
+
 def test_rows_that_do_not_fit_memory_are_estimated_by_formula(
     make_config: MakeConfig, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,8 @@ def outcome(folder: Path, rank: int, code: int, message: str, at: float) -> None
         ([(0, 6, "lost rank 1", 1.0), (1, 3, "bad row", 2.0)], {0: 6, 1: 3}, DataError, "bad row"),
         ([(1, 5, "later", 9.0), (0, 5, "first", 3.0)], {0: 5}, NumericError, "first"),
         ([(0, 6, "lost rank 1", 1.0)], {0: 6, 1: -9}, DistributedError, "rank 1 died (signal 9, SIGKILL)"),
+        ([], {0: -15, 1: -9}, DistributedError, "rank 1 died (signal 9, SIGKILL)"),
+        ([], {0: -15}, DistributedError, "rank 0 died (signal 15, SIGTERM)"),
         ([(0, 6, "lost rank 1", 1.0)], {0: 6}, DistributedError, "lost rank 1"),
         ([(0, 1, "RuntimeError: odd", 1.0)], {0: 1}, VflError, "RuntimeError: odd"),
         ([], {1: 1}, DistributedError, "rank 1 ended with exit code 1"),

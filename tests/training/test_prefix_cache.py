@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from training_rows import Adapted, largest_difference, rows_of, write_rows
 
-import vfl_train.data.collator as collator_module
+import vfl_train.data.videos as videos_module
 from vfl_train.config import LoraConfig
 from vfl_train.data.collator import Encoded
 from vfl_train.data.overlong import FittingCollator
@@ -125,8 +125,8 @@ def losses(folder: Path) -> list[float]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The images that rows are encoded from."""
     labels: list[str] = []
-    inner = collator_module.open_image
-    monkeypatch.setattr(collator_module, "open_image", lambda ref: (labels.append(ref.label), inner(ref))[1])
+    inner = videos_module.open_image
+    monkeypatch.setattr(videos_module, "open_image", lambda ref: (labels.append(ref.label), inner(ref))[1])
     return labels
 
 

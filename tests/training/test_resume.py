@@ -117,6 +117,9 @@ def test_a_changed_run_is_refused_naming_key_old_and_new_value(tiny: Path, tmp_p
         assert results[name]["code"] == 2, (name, results[name]["stderr"])
         assert message in results[name]["stderr"], name
         assert results[name]["checkpoints"] == ["step-000002"], name
+    for name, key in (("lr", "learning_rate"), ("data", "data"), ("seed", "seed"), ("world", "world_size")):
+        assert f"--allow-config-change {key} goes on" in results[name]["stderr"]
+    assert "--allow-config-change" not in results["layers"]["stderr"]
     allowed = results["lr allowed"]
     assert allowed["code"] == 0 and allowed["checkpoints"] == []
     assert "options.learning_rate was 0.001, is now 0.002, as allowed" in allowed["stderr"]

@@ -22,7 +22,8 @@ def data(config: DataConfig) -> None:
 
     Read are LLaVA, ShareGPT and messages rows as .json (one array) or .jsonl, parquet and Arrow files and
     folders of `datasets` with columns `messages` or `conversations` and `image` or `images`, webdataset
-    .tar shards, and data sets of the Hub (owner/name).
+    .tar shards, and data sets of the Hub (owner/name). A video is a list of frames: `videos` holds one
+    list of paths for each `<video>` of a row, `video` the list of the only one; video files are refused.
     """
     from vfl_train.data.check import check, preview
 

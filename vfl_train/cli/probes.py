@@ -16,7 +16,8 @@ def probes(config: ProbesConfig) -> None:
     """Check your own probe pairs, or write out the built-in ones.
 
     The folder holds pairs.jsonl, one object a line (function, image_a, image_b, question, answer_a,
-    answer_b, match), and the images. check reads every pair and names every one that cannot be used.
+    answer_b, match), and the images; of videos, image_a and image_b are lists of frames. check reads
+    every pair and names every one that cannot be used.
     """
     if config.action == "export":
         from vfl_train.functions.export import export_probes

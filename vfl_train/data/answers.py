@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from vfl_train.data.rows import Image, Message, Reason, RowError
+from vfl_train.data.rows import Image, Message, Part, Reason, RowError, Text
 
 
 class EncodingError(RowError):
@@ -15,15 +15,24 @@ def content_parts(message: Message) -> list[dict[str, str]]:
     """The content parts of one turn; an answer is always one text."""
     if message.role == "assistant":
         return [{"type": "text", "text": message.text}]
-    return [
-        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": part.text}
-        for part in message.content
-    ]
+    return [_template_part(part) for part in message.content]
+
+
+def _template_part(part: Part) -> dict[str, str]:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    return {"type": "image" if isinstance(part, Image) else "video"}
 
 
 def text_of(turn: dict) -> str:
     """The text of an answer among content parts."""
     return turn["content"][0]["text"]
+
+
+def as_plain(turn: dict) -> dict:
+    """The turn with its text in place of its parts; as it is if some of them are no text."""
+    texts = [part.get("text") for part in turn["content"]]
+    return turn if None in texts else {**turn, "content": "".join(texts)}
 
 
 def with_markers(chat: list[dict], turns: list[int]) -> tuple[list[dict], list[str]]:

@@ -102,10 +102,12 @@ def preview(config: DataConfig) -> None:
         except RowError as error:
             console.print(Text(error.message, style="red"))
             continue
-        for ref, place in zip(row.images, encoded.places, strict=False):
-            tokens = place.stop - place.start
-            size = f"{place.size[0]} x {place.size[1]}"
-            console.print(Text(f"  {one_line(ref.label)}: {size} pixels, {tokens} tokens", style="dim"))
+        images, videos = iter(row.images), iter(row.videos)
+        for place in encoded.places:
+            ref = next(videos)[0] if place.frames else next(images)
+            size = f"{place.size[0]} x {place.size[1]} pixels, {place.stop - place.start} tokens"
+            frames = f" and on, {place.frames} frames" if place.frames else ""
+            console.print(Text(f"  {one_line(ref.label)}{frames}: {size}", style="dim"))
         console.print(marked_tokens(collator.encoder, encoded))
 
 
@@ -161,9 +163,11 @@ def _statistics(survey: Survey) -> list[str]:
     """Images and answers of the kept rows, in counts and characters."""
     images, answers = survey.images_a_row, survey.as_dict()["answers"]
     shape = spread(survey.answer_lengths)
+    filmed = sum(videos * rows for videos, rows in survey.videos_a_row.items())
     assert shape is not None
     lines = [
         "images per row: " + ", ".join(f"{n} in {images[n]} rows" for n in sorted(images)),
+        *([f"videos: {filmed}"] if filmed else []),
         f"answers: {answers['count']} ({answers['count'] / survey.n_kept:.2f} a row, "
         f"{answers['different']} different), characters median {shape['median']}, longest {shape['longest']}",
         "sources: " + ", ".join(f"{one_line(name, 60)} {n}" for name, n in largest(survey.sources)),
@@ -184,7 +188,8 @@ def _title(row: Row) -> str:
     where = "" if row.line is None else f" (line {row.line})"
     turns = sum(message.role == "assistant" for message in row.messages)
     images = f"{len(row.images)} image{'' if len(row.images) == 1 else 's'}"
-    counts = f"{images}, {turns} answer{'s' if turns > 1 else ''}"
+    videos = f", {len(row.videos)} video{'s' if len(row.videos) > 1 else ''}" if row.videos else ""
+    counts = f"{images}{videos}, {turns} answer{'s' if turns > 1 else ''}"
     return f"\nrow {row.row}{where}, id {row.id}, source {row.source}, {counts}"
 
 

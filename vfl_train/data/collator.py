@@ -1,6 +1,7 @@
 """From rows to tensors, with the one answer mask that training, selection and evaluation share.
 
-What the model must produce in a row is each assistant turn's content and the token that closes the turn.
+What the model must produce in a row is each assistant turn's content and the token that closes the turn
+(Cohere's models: the two that do).
 Where that is, is not guessed from token ids: the chat template is rendered once more with the answers
 replaced by markers, which gives every answer's place in the text; the processor reports where it
 expanded image placeholders, the tokenizer where each token lies; and at the end the closing token must
@@ -10,7 +11,7 @@ A template that closes assistant turns with no special token (LLaVA-1.5) gets th
 token after each answer, as LLaVA's own training did; otherwise a model would never learn to stop.
 
 Legend: T tokens of one sample, B samples of a batch.
-What is not covered: videos, and thinking traces (a template that adds an empty one before the answer
+What is not covered: thinking traces (a template that adds an empty one before the answer
 keeps it, unsupervised).
 """
 
@@ -28,18 +29,29 @@ from PIL.Image import Image as PilImage
 
 from vfl_train.data.answers import (
     EncodingError,
+    as_plain,
     content_parts,
     match_answers,
     shared_start,
     text_of,
     with_markers,
 )
-from vfl_train.data.images import open_image
-from vfl_train.data.placeholders import Place, expansion, placeholders_of, places_of, replacements_of
-from vfl_train.data.rows import Image, Message, Reason, Row, RowError
+from vfl_train.data.padding import is_per_token, joined, padded
+from vfl_train.data.placeholders import (
+    Place,
+    expansion,
+    placeholders_of,
+    places_of,
+    put_before,
+    replacements_of,
+)
+from vfl_train.data.rows import Image, Message, Reason, Row, RowError, Video
+from vfl_train.data.videos import open_row, processor_options
 from vfl_train.errors import DataError
 
 IGNORE = -100  # the label that the loss leaves out
+# What a processor raises of input that it cannot take.
+_PROCESSOR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration, RuntimeError)
 _TOKEN_KEYS = ("input_ids", "attention_mask")
 _BOOKKEEPING = ("offset_mapping", "text_replacement_offsets", "labels", *_TOKEN_KEYS)
 
@@ -48,7 +60,8 @@ _BOOKKEEPING = ("offset_mapping", "text_replacement_offsets", "labels", *_TOKEN_
 class Encoded:
     """One sample, ready for the model. `inputs` are the processor's tensors (input_ids and attention_mask
     [1, T], pixel values in the processor's own shape), `answer_mask` bool [T] is true on the tokens
-    the model must produce. `places`: one for each image, or () where the processor does not say."""
+    the model must produce. `places`: one for each image and video, in the order of the prompt, or () where
+    the processor does not say."""
 
     inputs: dict[str, torch.Tensor]
     answer_mask: torch.Tensor
@@ -76,7 +89,7 @@ class _Answer:
 
 
 class Encoder:
-    """Turns messages and images into model inputs. Pure: the same arguments give the same tensors.
+    """Turns messages, images and videos into model inputs. Pure: the same arguments give the same tensors.
 
     Raises:
         DataError: the processor has no chat template or no fast tokenizer.
@@ -92,57 +105,79 @@ class Encoder:
         self.processor, self.tokenizer = processor, tokenizer
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._closing = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + ")")
+        token = "|".join(map(re.escape, longest_first))
+        self._closing = re.compile(rf"\s*(?:{token})*({token})")
         self.placeholder_ids, self._placeholders = placeholders_of(processor)
+        self.answer_token_type: int = getattr(processor, "answer_token_type", 0)
 
     def encode(
         self,
         messages: Sequence[Message],
         images: Sequence[PilImage],
+        videos: Sequence[Sequence[PilImage]] = (),
         add_generation_prompt: bool = False,
         max_pixels: int | None = None,
     ) -> Encoded:
         """Encode a conversation, with the answer mask over its assistant turns.
 
         Args:
-            messages: the turns; their `Image` parts stand for `images`, in order.
+            messages: the turns; their `Image` parts stand for `images`, their `Video` parts for `videos`,
+                in order.
             images: RGB images.
+            videos: the RGB frames of each.
             add_generation_prompt: end with the header of an assistant turn.
-            max_pixels: pixels an image is resized to at most, below the processor's own limit.
+            max_pixels: pixels an image is resized to at most, below the processor's own limit (no frame is).
 
         Raises:
             EncodingError: the processor cannot encode it, or the answers cannot be located for certain.
         """
-        chat = self._chat(messages, images)
+        chat = self._chat(messages, images, videos)
         text = self._render(chat, add_generation_prompt)
         text, answers = self._close_turns(text, self._locate(chat, text, add_generation_prompt))
-        outputs = self._process(text, images, max_pixels)
+        outputs = self._process(text, images, videos, max_pixels)
         mask = self._answer_mask(outputs, text, answers)
         inputs = {key: outputs[key] for key in _TOKEN_KEYS}
-        inputs.update((key, value) for key, value in outputs.items() if key not in _BOOKKEEPING)
-        return Encoded(inputs, mask, places_of(outputs, images))
+        inputs.update((key, _single(value)) for key, value in outputs.items() if key not in _BOOKKEEPING)
+        if self.answer_token_type:
+            inputs["token_type_ids"][0, mask] = self.answer_token_type
+        return Encoded(inputs, mask, places_of(outputs, images, videos))
 
-    def encode_prompt(self, messages: Sequence[Message], images: Sequence[PilImage]) -> Encoded:
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[PilImage],
+        videos: Sequence[Sequence[PilImage]] = (),
+    ) -> Encoded:
         """Encode a conversation that waits for an answer: its last turn is the user's and the header of
         the assistant's turn follows. Arguments and errors as in `encode`."""
         if not messages or messages[-1].role == "assistant":
             raise EncodingError(Reason.turn_order, "a prompt must end with a user turn")
-        return self.encode(messages, images, add_generation_prompt=True)
+        return self.encode(messages, images, videos, add_generation_prompt=True)
 
-    def _chat(self, messages: Sequence[Message], images: Sequence[PilImage]) -> list[dict]:
+    def _chat(self, messages: Sequence[Message], images: Sequence, videos: Sequence) -> list[dict]:
         """The messages as chat templates take them. An answer's pieces become one text."""
-        count = sum(isinstance(part, Image) for message in messages for part in message.content)
-        if count != len(images):
-            detail = f"{count} image places in the messages, {len(images)} images"
-            raise EncodingError(Reason.image_count_mismatch, detail)
+        for kind, given, code in (
+            (Image, images, Reason.image_count_mismatch),
+            (Video, videos, Reason.video_count_mismatch),
+        ):
+            count = sum(isinstance(part, kind) for message in messages for part in message.content)
+            if count != len(given):
+                name = kind.__name__.lower()
+                raise EncodingError(code, f"{count} {name} places in the messages, {len(given)} {name}s")
         for message in messages:
             found = next((token for token in self._placeholders if token in message.text), None)
             if found:
-                detail = f"the text ({message.role}) contains {found}, which this model takes for an image"
+                detail = f"the text ({message.role}) contains {found}, which this model takes for a picture"
                 raise EncodingError(Reason.placeholder_in_text, detail)
         return [{"role": message.role, "content": content_parts(message)} for message in messages]
 
     def _render(self, chat: list[dict], add_generation_prompt: bool) -> str:
+        text = self._apply(chat, add_generation_prompt)
+        # A template that takes plain strings where we give it parts prints the list as Python does.
+        plain = [as_plain(message) if str(message["content"]) in text else message for message in chat]
+        return text if plain == chat else self._apply(plain, add_generation_prompt)
+
+    def _apply(self, chat: list[dict], add_generation_prompt: bool) -> str:
         try:
             return self.processor.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -198,10 +233,14 @@ class Encoder:
         return text, closed
 
     def _process(
-        self, text: str, images: Sequence[PilImage], max_pixels: int | None = None
+        self,
+        text: str,
+        images: Sequence[PilImage],
+        videos: Sequence[Sequence[PilImage]],
+        max_pixels: int | None,
     ) -> Mapping[str, Any]:
         bos = self.tokenizer.bos_token
-        options: dict[str, Any] = {}
+        options = processor_options(self.processor, videos)
         if bos and text.startswith(bos):
             options["add_special_tokens"] = False
         if max_pixels is not None and images:
@@ -218,7 +257,7 @@ class Encoder:
                 return_text_replacement_offsets=True,
                 **options,
             )
-        except (ValueError, TypeError, KeyError, IndexError, StopIteration, RuntimeError) as error:
+        except _PROCESSOR_ERRORS as error:
             raise EncodingError(Reason.not_encodable, f"the processor refuses the row: {error}") from error
 
     def _answer_mask(self, outputs: Mapping[str, Any], text: str, answers: list[_Answer]) -> torch.Tensor:
@@ -229,8 +268,9 @@ class Encoder:
             return mask
         starts, ends = outputs["offset_mapping"][0].T.tolist()  # characters of the expanded text, per token
         shift = expansion(replacements_of(outputs))
+        before = put_before(self.processor, text)
         for answer in answers:
-            start, end = shift(answer.start), shift(answer.end)
+            start, end = shift(before + answer.start), shift(before + answer.end)
             last = self._closing_token(ids, starts, ends, answer.closing, end)
             first = last
             # A token of no width at `start` is either whitespace of the header (some tokenizers trim it) or
@@ -255,6 +295,11 @@ class Encoder:
         raise EncodingError(Reason.not_encodable, detail)
 
 
+def _single(value: Any) -> Any:
+    """Floats in float32: Llama 4's processor makes bfloat16, which a model in float32 does not take."""
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 class Collator:
     """Makes one padded batch of rows. What it does for a row depends on that row only."""
 
@@ -275,10 +320,9 @@ class Collator:
         return None
 
     def encode(self, row: Row) -> Encoded:
-        """One row, its images opened. Raises RowError naming the row."""
+        """One row, its images and videos opened. Raises RowError naming the row."""
         try:
-            images = [open_image(ref) for ref in row.images]
-            return self.encoder.encode(row.messages, images, max_pixels=self.max_pixels(row))
+            return self.encoder.encode(row.messages, *open_row(row), max_pixels=self.max_pixels(row))
         except RowError as error:
             where = f"row {row.row}" + (f" (line {row.line})" if row.line else "")
             detail = f"{where} of {row.source}, id {row.id or '-'}: {error.detail}"
@@ -302,8 +346,8 @@ def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
     """
     length = max(sample.length for sample in samples)
     batch = {
-        "input_ids": _padded([sample.inputs["input_ids"] for sample in samples], length, pad_token_id),
-        "attention_mask": _padded([sample.inputs["attention_mask"] for sample in samples], length, 0),
+        "input_ids": padded([sample.inputs["input_ids"] for sample in samples], length, pad_token_id),
+        "attention_mask": padded([sample.inputs["attention_mask"] for sample in samples], length, 0),
     }
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORE)
     for index, sample in enumerate(samples):
@@ -311,40 +355,14 @@ def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Any]:
         batch["labels"][index, answer] = sample.inputs["input_ids"][0, answer]
     for key in dict.fromkeys(key for sample in samples for key in sample.inputs if key not in batch):
         having = [sample for sample in samples if key in sample.inputs]
-        if all(_is_per_token(key, sample) for sample in having):
+        if key == "cross_attention_mask" and len(having) < len(samples):
+            raise DataError(
+                "rows with and without images cannot share a batch of a model with cross-attention",
+                "use --per-device-train-batch-size 1, or leave one kind out",
+            )
+        if all(is_per_token(key, sample.inputs[key], sample.length) for sample in having):
             empty = having[0].inputs[key][:, :0]
-            batch[key] = _padded([sample.inputs.get(key, empty) for sample in samples], length, 0)
+            batch[key] = padded([sample.inputs.get(key, empty) for sample in samples], length, 0)
         else:
             batch[key] = joined([sample.inputs[key] for sample in having])
     return batch
-
-
-def _is_per_token(key: str, sample: Encoded) -> bool:
-    """Whether an input of shape [1, T] or [1, T, ...] runs along the tokens, not along pixels or images."""
-    value = sample.inputs[key]
-    named = not key.startswith(("pixel", "image", "video"))
-    return named and isinstance(value, torch.Tensor) and value.shape[:2] == (1, sample.length)
-
-
-def _padded(values: list[torch.Tensor], length: int, fill: int) -> torch.Tensor:
-    """[1, t, ...] tensors as one [B, length, ...]."""
-    out = values[0].new_full((len(values), length, *values[0].shape[2:]), fill)
-    for index, value in enumerate(values):
-        out[index, : value.shape[1]] = value[0]
-    return out
-
-
-def joined(values: list) -> Any:
-    """Tensors joined along axis 0, padded with zeros in the others; lists joined."""
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        return [item for value in values for item in value]
-    if len({value.shape[1:] for value in values}) == 1:
-        return torch.cat(values)
-    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    out = values[0].new_zeros((sum(value.shape[0] for value in values), *shape))
-    at = 0
-    for value in values:
-        window = (slice(at, at + value.shape[0]), *(slice(size) for size in value.shape[1:]))
-        out[window] = value
-        at += value.shape[0]
-    return out

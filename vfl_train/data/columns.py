@@ -19,7 +19,8 @@ from vfl_train.errors import ConfigError
 
 TURN_COLUMNS = ("conversations", "messages")
 IMAGE_COLUMNS = ("image", "images")
-ROW_COLUMNS = (*TURN_COLUMNS, *IMAGE_COLUMNS, "id", "system", "source", "dataset")
+VIDEO_COLUMNS = ("video", "videos")
+ROW_COLUMNS = (*TURN_COLUMNS, *IMAGE_COLUMNS, *VIDEO_COLUMNS, "id", "system", "source", "dataset")
 
 # Of one image: whether its bytes are in the table, and its path. None for a null.
 Entry = tuple[bool, str | None] | None
@@ -28,7 +29,8 @@ MakeMember = Callable[[int], ImageBytes]  # from the position in the row's list
 
 
 def check_columns(schema: pa.Schema, file: Path) -> None:
-    """Raises ConfigError if the table is no table of conversations, or a name occurs twice."""
+    """Raises ConfigError if the table is no table of conversations, a name occurs twice, or it holds videos
+    themselves."""
     if not any(name in schema.names for name in TURN_COLUMNS):
         shown = one_line(", ".join(schema.names), 120)
         fix = "give it a column `messages` (role and content) or `conversations` (from and value)"
@@ -36,6 +38,10 @@ def check_columns(schema: pa.Schema, file: Path) -> None:
     twice = next((name for name in ROW_COLUMNS if schema.names.count(name) > 1), None)
     if twice:
         raise ConfigError(f"{file} has two columns {twice}", "rename one of them")
+    for name in VIDEO_COLUMNS:
+        if name in schema.names and _holds_bytes(schema.field(name).type):
+            fix = "cut the videos into frames and give each row the list of their paths"
+            raise ConfigError(f"the column {name} of {file} holds bytes, which are not decoded here", fix)
 
 
 def decode_names(kind: pa.Schema | pa.DataType) -> None:
@@ -109,6 +115,12 @@ def _has_bytes(kind: pa.DataType) -> bool:
         at = kind.get_field_index("bytes")
         return at >= 0 and _is_binary(kind.field(at).type)
     return _is_binary(kind)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    while is_list(kind):
+        kind = kind.value_type
+    return _has_bytes(kind)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

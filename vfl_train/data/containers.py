@@ -1,13 +1,14 @@
 """Which kind of data a path names: told from content and logged, never guessed.
 
-A path is a file, a folder (of `datasets.save_to_disk`, or of parquet, arrow or tar shards), a pattern of
-shards such as `pool-{000..011}.tar` or `pool/*.parquet`, or a data set of the Hub (`owner/name`,
-`hub:owner/name@revision/data/train-*.parquet`).
+A path is a file, a folder (of `datasets.save_to_disk`, of parquet, arrow or tar shards, or the output of
+select, which stands for the rows it picked), a pattern of shards such as `pool-{000..011}.tar` or
+`pool/*.parquet`, or a data set of the Hub (`owner/name`, `hub:owner/name@revision/data/train-*.parquet`).
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def open_container(path: str | os.PathLike) -> tuple[Path, Container]:
     """
     name, file = os.fspath(path), Path(path)
     if file.is_dir():
-        return file, _folder(file)
+        picked = selected_file(file)
+        return open_container(picked) if picked else (file, _folder(file))
     if file.is_file():
         return file, _files([file])
     if file.exists():
@@ -71,6 +73,16 @@ def open_container(path: str | os.PathLike) -> tuple[Path, Container]:
         folder, files = fetch_data(wanted[1], wanted[2], wanted[3])
         return folder, _files(files) if files else _folder(folder)
     raise ConfigError(f"there is no file {file}", "check --data")
+
+
+def selected_file(folder: Path) -> Path | None:
+    """The rows that select picked, in the format they came in, if `folder` is its output."""
+    try:
+        name = json.loads((folder / "selection.json").read_text(encoding="utf-8"))["selected"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    own = isinstance(name, str) and name.startswith("selected") and name == Path(name).name
+    return folder / name if own else None
 
 
 def kind_of(file: Path) -> str:

@@ -4,7 +4,8 @@ A length is that of the tokens the model gets, image tokens included, as the enc
 estimated. Truncation would cut through an image's tokens and leave its pixels, the best-known crash of
 vision-language training ("image features and image tokens do not match"), or through an answer.
 
-Shrinking lowers the pixel limit of one row's images until the row fits, as a smaller --max-pixels would.
+Shrinking lowers the pixel limit of one row's images until the row fits, as a smaller --max-pixels would; rows
+with videos are set aside, their list of frames is what could be shorter.
 Boxes written in pixels of the resized image (Qwen2.5-VL) then no longer fit the picture: use `drop` there.
 """
 
@@ -18,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vfl_train.data.collator import Collator, Encoded, Encoder
-from vfl_train.data.images import open_image
 from vfl_train.data.rows import Reason, Rejected, Row, RowError
+from vfl_train.data.videos import open_row
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.progress import track
 
@@ -112,8 +113,8 @@ class _Judge:
 
     def __call__(self, row: Row) -> Verdict:
         try:
-            images = [open_image(ref) for ref in row.images]
-            encoded = self.encoder.encode(row.messages, images)
+            images, videos = open_row(row)
+            encoded = self.encoder.encode(row.messages, images, videos)
             if encoded.length <= self.max_length:
                 return None
             detail = f"{encoded.length} tokens, --max-length is {self.max_length}"
@@ -121,7 +122,9 @@ class _Judge:
                 where = f"row {row.row}" + (f" (line {row.line})" if row.line else "")
                 fix = "raise --max-length, or give --overlong drop or shrink-image"
                 raise DataError(f"{where} of {row.source}, id {row.id or '-'}, has {detail}", fix)
-            if self.policy == "shrink-image" and images:
+            if self.policy == "shrink-image" and videos:
+                detail += ", and frames of videos are not shrunk"
+            elif self.policy == "shrink-image" and images:
                 limit = self._largest_limit(row, images, encoded)
                 if limit is not None:
                     return limit

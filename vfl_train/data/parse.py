@@ -3,19 +3,35 @@
 Two families of rows are read. `conversations` (LLaVA, ShareGPT) are turns with `from` and `value`;
 `messages` (OpenAI style) are turns with `role` and `content`. Both become the same `Message` tuples.
 
-An `<image>` marker in a text stands for the next image. One newline on either side belongs to the
-marker (LLaVA writes "<image>\\n"); all other whitespace is the row's own and stays.
+An `<image>` marker in a text stands for the next image, a `<video>` marker for the next video, which is a
+list of frames. One newline on either side belongs to the marker (LLaVA writes "<image>\\n"); all other
+whitespace is the row's own and stays.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from vfl_train.data.rows import IMAGE_MARKER, Image, ImageRef, Message, Part, Reason, RowError, Text, one_line
+from vfl_train.data.rows import (
+    IMAGE_MARKER,
+    VIDEO_MARKER,
+    Image,
+    ImageRef,
+    Message,
+    Part,
+    Reason,
+    RowError,
+    Text,
+    Video,
+    one_line,
+)
+from vfl_train.data.videos import check_frame_count, video_file
 
 MAX_TEXT_CHARS = 1_000_000  # of all turns of one row together; longer than any context window
 
+_MARKER = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
 ROLES = {  # the names in use for the three roles of a chat
     "system": "system",
     "human": "user", "user": "user",
@@ -25,12 +41,14 @@ ROLES = {  # the names in use for the three roles of a chat
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
-    """The content of a row before its images are looked up; `images` are the values as written."""
+    """The content of a row before its images are looked up; `images`, and the frames of each of `videos`, are
+    the values as written."""
 
     family: str  # "conversations" or "messages"
     messages: tuple[Message, ...]
     images: tuple[object, ...]
     image_key: str  # "image", "images" or "" where the row has neither
+    videos: tuple[tuple[object, ...], ...] = ()
 
 
 def parse_row(value: object) -> ParsedRow:
@@ -51,101 +69,133 @@ def parse_row(value: object) -> ParsedRow:
     if not turns:
         raise RowError(Reason.empty_turns, f"`{family}` is empty")
     parse = _parse_conversations if family == "conversations" else _parse_messages
-    messages, images = parse(value, turns)
+    images = _Listed(Image, _image_values(value), Reason.image_count_mismatch)
+    videos = _Listed(Video, _video_values(value), Reason.video_count_mismatch)
+    messages = tuple(parse(value, turns, images, videos))
+    images.check()
+    videos.check()
     _check_turns(messages)
-    _check_text(messages, images)
-    image_key = next((key for key in ("image", "images") if value.get(key) is not None), "")
-    return ParsedRow(family, messages, images, image_key)
+    check_frame_count([len(frames) for frames in videos.values])
+    image_key = _one_key(value, "image", "images")
+    parsed = ParsedRow(family, messages, tuple(images.values), image_key, tuple(videos.values))
+    _check_text(parsed)
+    return parsed
 
 
-def _parse_conversations(value: dict, turns: list) -> tuple[tuple[Message, ...], tuple]:
-    images = _image_values(value)
+def _parse_conversations(value: dict, turns: list, images: _Listed, videos: _Listed) -> list[Message]:
     messages: list[Message] = []
-    count = 0
     if isinstance(value.get("system"), str) and value["system"]:  # ShareGPT's top-level system prompt
         messages.append(Message("system", (Text(value["system"]),)))
     for position, turn in enumerate(turns):
         where = f"turn {position}"
         role = _role(_key(turn, "from", where), where)
-        content = _split_markers(_expect(_key(turn, "value", where), str, f"`value` of {where}"), count)
-        count += sum(isinstance(part, Image) for part in content)
-        messages.append(Message(role, content))
-    if images and count == 0 and value.get("image") is not None:
-        messages, count = _prepend_images(messages, len(images)), len(images)
-    _check_image_count(count, len(images))
-    return tuple(messages), images
+        text = _expect(_key(turn, "value", where), str, f"`value` of {where}")
+        messages.append(Message(role, _split_markers(text, images, videos)))
+    if images.listed and not images.markers and value.get("image") is not None:
+        return _prepend_images(messages, images)
+    return messages
 
 
-def _parse_messages(value: dict, turns: list) -> tuple[tuple[Message, ...], tuple]:
-    listed = _image_values(value)
-    images: list[object] = []
+def _parse_messages(value: dict, turns: list, images: _Listed, videos: _Listed) -> list[Message]:
     messages: list[Message] = []
-    used = markers = 0  # of `listed`
     for position, turn in enumerate(turns):
         where = f"turn {position}"
         role = _role(_key(turn, "role", where), where)
-        content: list[Part] = []
-        for part in _content_parts(_key(turn, "content", where), where):
-            if isinstance(part, Text):
-                content.append(part)
-                continue
-            if part is None:  # takes the next of `listed`
-                markers += 1
-                part = listed[used] if used < len(listed) else None
-                used = min(used + 1, len(listed))
-            content.append(Image(len(images)))
-            images.append(part)
-        messages.append(Message(role, tuple(content)))
-    _check_image_count(markers, len(listed))
-    return tuple(messages), tuple(images)
+        content = _key(turn, "content", where)
+        if isinstance(content, str):
+            messages.append(Message(role, _split_markers(content, images, videos)))
+            continue
+        parts: list[Part] = []
+        for entry in _expect(content, list, f"`content` of {where}"):
+            parts += _content_part(entry, where, images, videos)
+        messages.append(Message(role, tuple(parts)))
+    return messages
 
 
-def _content_parts(content: object, where: str) -> list:
-    """`Text`, None for an image that is listed in `images`, or the value that names the image."""
-    if isinstance(content, str):
-        return [None if isinstance(part, Image) else part for part in _split_markers(content, 0)]
-    parts: list = []
-    for entry in _expect(content, list, f"`content` of {where}"):
-        kind = _key(entry, "type", f"a part of {where}")
-        if kind == "text":
-            text = _expect(_key(entry, "text", f"a part of {where}"), str, f"`text` of {where}")
-            parts.extend([Text(text)] if text else [])
-        elif kind == "image":
-            named = [entry[key] for key in ("image", "path", "url") if entry.get(key) is not None]
-            parts.append(named[0] if named else None)
-        elif kind == "image_url":
-            link = _key(entry, "image_url", f"a part of {where}")
-            parts.append(_key(link, "url", f"a part of {where}") if isinstance(link, dict) else link)
-        else:
-            detail = f"{where} has a part of type {_show(kind)}; text and image can be read"
-            raise RowError(Reason.wrong_type, detail)
-    return parts
+def _content_part(entry: object, where: str, images: _Listed, videos: _Listed) -> list[Part]:
+    kind = _key(entry, "type", f"a part of {where}")
+    assert isinstance(entry, dict)  # else it would have no `type`
+    if kind == "text":
+        text = _expect(_key(entry, "text", f"a part of {where}"), str, f"`text` of {where}")
+        return [Text(text)] if text else []
+    if kind == "image":
+        return [images.take(_first(entry, "image", "path", "url"))]
+    if kind == "image_url":
+        link = _key(entry, "image_url", f"a part of {where}")
+        return [images.take(_key(link, "url", f"a part of {where}") if isinstance(link, dict) else link)]
+    if kind == "video":
+        named = _first(entry, "video", "path", "url")
+        return [videos.take(None if named is None else _frames(named))]
+    detail = f"{where} has a part of type {_show(kind)}; text, image and video can be read"
+    raise RowError(Reason.wrong_type, detail)
+
+
+class _Listed:
+    """The images, or the videos, of a row: those listed beside the turns and those named in them."""
+
+    def __init__(self, kind: type[Image] | type[Video], listed: tuple, code: Reason) -> None:
+        self.kind, self.listed, self.code = kind, listed, code
+        self.markers = 0  # places for a listed one
+        self.values: list[Any] = []
+
+    def take(self, named: object = None) -> Part:
+        """The place of the next one in a turn: of `named`, or of the next that is listed."""
+        if named is None:
+            named = self.listed[self.markers] if self.markers < len(self.listed) else None
+            self.markers += 1
+        self.values.append(named)
+        return self.kind(len(self.values) - 1)
+
+    def check(self) -> None:
+        """Raises RowError unless there is a place for each listed one, and one for each place."""
+        if self.markers != len(self.listed):
+            name = self.kind.__name__.lower()
+            detail = f"{self.markers} {name} markers in the turns, {len(self.listed)} {name}s in the row"
+            raise RowError(self.code, detail)
 
 
 def _image_values(value: dict) -> tuple[object, ...]:
     """The values of `image` (one or a list) or `images` (a list)."""
-    keys = [key for key in ("image", "images") if value.get(key) is not None]
-    if len(keys) > 1:
-        raise RowError(Reason.ambiguous_keys, "the row has both `image` and `images`")
-    if not keys:
+    key = _one_key(value, "image", "images")
+    if not key:
         return ()
-    found = value[keys[0]]
-    if keys[0] == "image" and isinstance(found, str | ImageRef):
+    found = value[key]
+    if key == "image" and isinstance(found, str | ImageRef):
         return (found,)
-    for item in _expect(found, list, f"`{keys[0]}`"):
+    return _references(_expect(found, list, f"`{key}`"), f"`{key}`")
+
+
+def _video_values(value: dict) -> tuple[tuple[object, ...], ...]:
+    """The frames of each video: of `videos` (a list of lists), or of the one `video` (a list)."""
+    key = _one_key(value, "video", "videos")
+    if not key:
+        return ()
+    found = value[key]
+    videos = found if key == "videos" and isinstance(found, list) else [found]
+    return tuple(_frames(video) for video in videos)
+
+
+def _frames(value: object) -> tuple[object, ...]:
+    if isinstance(value, str | dict):  # a path, or path and bytes as `datasets` has them
+        raise video_file(value if isinstance(value, str) else value.get("path") or "an object")
+    return _references(_expect(value, list, "a video"), "a video")
+
+
+def _references(items: list, name: str) -> tuple[object, ...]:
+    for item in items:
         if not isinstance(item, ImageRef):
-            _expect(item, str, f"an entry of `{keys[0]}`")
-    return tuple(found)
+            _expect(item, str, f"an entry of {name}")
+    return tuple(items)
 
 
-def _split_markers(text: str, first: int) -> tuple[Part, ...]:
-    if IMAGE_MARKER not in text:
-        return (Text(text),) if text else ()
-    pieces = text.split(IMAGE_MARKER)
+def _split_markers(text: str, images: _Listed, videos: _Listed) -> tuple[Part, ...]:
+    pieces = _MARKER.split(text)  # texts and, between them, markers
     parts: list[Part] = []
     for position, piece in enumerate(pieces):
+        if position % 2:
+            parts.append(images.take() if piece == IMAGE_MARKER else videos.take())
+            continue
         if position > 0:
-            parts.append(Image(first + position - 1))
             piece = piece.removeprefix("\n")
         if position < len(pieces) - 1:
             piece = piece.removesuffix("\n")
@@ -154,20 +204,13 @@ def _split_markers(text: str, first: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _prepend_images(messages: list[Message], count: int) -> list[Message]:
+def _prepend_images(messages: list[Message], images: _Listed) -> list[Message]:
     """LLaVA's own rule for rows with an image and no marker: it opens the first user turn."""
     user = next((i for i, message in enumerate(messages) if message.role == "user"), None)
     if user is None:
         raise RowError(Reason.turn_order, "there is no user turn to put the image into")
-    images = tuple(Image(index) for index in range(count))
-    opened = Message("user", images + messages[user].content)
-    return [*messages[:user], opened, *messages[user + 1 :]]
-
-
-def _check_image_count(markers: int, images: int) -> None:
-    if markers != images:
-        detail = f"{markers} image markers in the turns, {images} images in the row"
-        raise RowError(Reason.image_count_mismatch, detail)
+    opening = tuple(images.take() for _ in images.listed)
+    return [*messages[:user], Message("user", opening + messages[user].content), *messages[user + 1 :]]
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
@@ -176,27 +219,28 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         raise RowError(Reason.no_answer, "no assistant turn has text")
     expected = "user"
     for position, message in enumerate(messages):
-        has_image = any(isinstance(part, Image) for part in message.content)
+        has_picture = any(not isinstance(part, Text) for part in message.content)
         if message.role == "system" and position == 0:
             continue
         if message.role != expected:
             detail = f"turn {position} is {message.role} where {expected} is due"
             raise RowError(Reason.turn_order, detail)
-        if message.role == "assistant" and has_image:
-            raise RowError(Reason.image_in_answer, f"turn {position} is an answer with an image in it")
-        if not has_image and not message.text.strip():
+        if message.role == "assistant" and has_picture:
+            raise RowError(Reason.image_in_answer, f"turn {position} is an answer with a picture in it")
+        if not has_picture and not message.text.strip():
             raise RowError(Reason.empty_turns, f"turn {position} ({message.role}) is empty")
         expected = "assistant" if message.role == "user" else "user"
 
 
-def _check_text(messages: tuple[Message, ...], images: tuple[object, ...]) -> None:
-    text = "".join(message.text for message in messages)
+def _check_text(row: ParsedRow) -> None:
+    text = "".join(message.text for message in row.messages)
     if len(text) > MAX_TEXT_CHARS:
         detail = f"{len(text)} characters of text, at most {MAX_TEXT_CHARS} are allowed"
         raise RowError(Reason.text_too_long, detail)
     try:
         text.encode("utf-8")
-        "".join(image for image in images if isinstance(image, str)).encode("utf-8")
+        pictures = (*row.images, *(frame for frames in row.videos for frame in frames))
+        "".join(picture for picture in pictures if isinstance(picture, str)).encode("utf-8")
     except UnicodeEncodeError as error:
         broken = ascii(error.object[error.start])
         raise RowError(Reason.bad_utf8, f"the text holds the unpaired surrogate {broken}") from error
@@ -206,6 +250,19 @@ def _role(name: object, where: str) -> str:
     if isinstance(name, str) and name in ROLES:
         return ROLES[name]
     raise RowError(Reason.bad_role, f"{where} is from {_show(name)}; known are {', '.join(ROLES)}")
+
+
+def _one_key(value: dict, one: str, several: str) -> str:
+    """Which of the two keys a row has, "" for neither. Raises RowError if it has both."""
+    keys = [key for key in (one, several) if value.get(key) is not None]
+    if len(keys) > 1:
+        raise RowError(Reason.ambiguous_keys, f"the row has both `{one}` and `{several}`")
+    return keys[0] if keys else ""
+
+
+def _first(entry: dict, *keys: str) -> object:
+    """The value of the first of `keys` that is there, or None."""
+    return next((entry[key] for key in keys if entry.get(key) is not None), None)
 
 
 def _key(entry: object, key: str, where: str) -> object:

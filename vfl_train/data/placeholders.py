@@ -1,4 +1,4 @@
-"""Where a processor puts the images: placeholder tokens in the text, and what they are expanded to."""
+"""Where a processor puts images and videos: placeholder tokens in the text, and what they are expanded to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from PIL.Image import Image as PilImage
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image went: the tokens [start, stop) that the processor put for it, text around its
-    placeholders included, and its `size` in pixels (width, height)."""
+    """Where an image or a video went: the tokens [start, stop) that the processor put for it, text around its
+    placeholders included, its `size` in pixels (width, height), and the `frames` of a video (0: an image)."""
 
     start: int
     stop: int
     size: tuple[int, int]
+    frames: int = 0
 
 
 def replacements_of(outputs: Mapping[str, Any]) -> list[dict]:
@@ -34,19 +35,26 @@ def expansion(replacements: list[dict]) -> Callable[[int], int]:
     return lambda character: character + gained[bisect.bisect_right(ends, character)]
 
 
-def places_of(outputs: Mapping[str, Any], images: Sequence[PilImage]) -> tuple[Place, ...]:
-    """The tokens that each image was expanded to, from the characters the processor reports."""
-    replacements = [item for item in replacements_of(outputs) if item["type"] == "image"]
-    if len(replacements) != len(images):
+def places_of(
+    outputs: Mapping[str, Any], images: Sequence[PilImage], videos: Sequence[Sequence[PilImage]] = ()
+) -> tuple[Place, ...]:
+    """The tokens that each image and video was expanded to, in the order of the prompt, from the characters
+    the processor reports."""
+    replacements = [item for item in replacements_of(outputs) if item["type"] in ("image", "video")]
+    if sorted(item["type"] for item in replacements) != ["image"] * len(images) + ["video"] * len(videos):
         return ()
+    shapes = {
+        "image": iter([(image.size, 0) for image in images]),
+        "video": iter([(frames[0].size, len(frames)) for frames in videos]),
+    }
     offsets = outputs["offset_mapping"][0].tolist()
     places = []
-    for item, image in zip(replacements, images, strict=True):
+    for item in replacements:
         first, last = item["new_span"]
         tokens = [i for i, (start, end) in enumerate(offsets) if end > first and start < last]
         if not tokens:
             return ()
-        places.append(Place(tokens[0], tokens[-1] + 1, image.size))
+        places.append(Place(tokens[0], tokens[-1] + 1, *next(shapes[item["type"]])))
     return tuple(places)
 
 
@@ -58,3 +66,10 @@ def placeholders_of(processor: Any) -> tuple[list[int], list[str]]:
     ids += [tokenizer.convert_tokens_to_ids(name) for name in names if name]
     ids = [i for i in dict.fromkeys(ids) if i is not None and i != tokenizer.unk_token_id]
     return ids, list(dict.fromkeys([*filter(None, names), *tokenizer.convert_ids_to_tokens(ids)]))
+
+
+def put_before(processor: Any, text: str) -> int:
+    """Characters that the processor itself puts before `text` (Emu3: the begin-of-text token). They count in
+    the positions that it reports."""
+    layout = getattr(processor, "prepare_inputs_layout", None)
+    return 0 if layout is None else max(0, layout(text=[text])[1][0].find(text))

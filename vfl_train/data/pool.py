@@ -35,6 +35,7 @@ from vfl_train.data.rows import (
     row_source,
     row_uid,
 )
+from vfl_train.data.videos import verify_videos
 from vfl_train.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,10 @@ class Pool:
                 messages=parsed.messages,
                 images=tuple(resolve_image(image, self._root, self._store) for image in parsed.images),
                 raw=record.raw,
+                videos=tuple(
+                    tuple(resolve_image(frame, self._root, self._store) for frame in frames)
+                    for frames in parsed.videos
+                ),
                 id=name,
                 line=record.line,
             )
@@ -210,8 +215,11 @@ class ImageCheck:
         waiting: deque[tuple[Row | Rejected, list[Future]]] = deque()
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
             for outcome in outcomes:
-                refs = outcome.images if isinstance(outcome, Row) else ()
-                waiting.append((outcome, [threads.submit(self._problem, ref) for ref in refs]))
+                refs = outcome.pictures if isinstance(outcome, Row) else ()
+                futures: list[Future] = [threads.submit(self._problem, ref) for ref in refs]
+                if isinstance(outcome, Row) and outcome.videos:
+                    futures.append(threads.submit(verify_videos, outcome.videos))
+                waiting.append((outcome, futures))
                 if len(waiting) > AHEAD:
                     yield _checked(*waiting.popleft())
             while waiting:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from vfl_train.errors import DataError
 
-IMAGE_MARKER = "<image>"
+IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
 MAX_ID_CHARS = 200
 
 
@@ -44,6 +44,9 @@ class Reason(StrEnum):
     image_truncated = "image_truncated"
     image_too_large = "image_too_large"
     image_shape = "image_shape"
+    video_count_mismatch = "video_count_mismatch"
+    video_file = "video_file"
+    video_frames = "video_frames"
     # Found with a model's processor in hand only (collator.py):
     placeholder_in_text = "placeholder_in_text"
     not_encodable = "not_encodable"
@@ -72,7 +75,14 @@ class Image:
     index: int
 
 
-Part = Text | Image
+@dataclass(frozen=True, slots=True)
+class Video:
+    """The place of a video in a turn; `index` counts the videos of the row from 0."""
+
+    index: int
+
+
+Part = Text | Image | Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The turn's text without its images."""
+        """The turn's text without its images and videos."""
         return "".join(part.text for part in self.content if isinstance(part, Text))
 
 
@@ -110,10 +120,10 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A usable row. `row` counts the input's rows from 0, `line` its lines from 1 (None where there are
-    none). `raw` holds the exact bytes of the JSONL line (without "\\n") or of the JSON array's element,
-    and nothing for other containers. `id` is the row's own name, shown in messages and never relied on;
-    `uid` is ours and unique."""
+    """A usable row. Each of its `videos` is a list of frames. `row` counts the input's rows from 0, `line`
+    its lines from 1 (None where there are none). `raw` holds the exact bytes of the JSONL line (without
+    "\\n") or of the JSON array's element, and nothing for other containers. `id` is the row's own name,
+    shown in messages and never relied on; `uid` is ours and unique."""
 
     row: int
     uid: str
@@ -123,6 +133,23 @@ class Row:
     raw: bytes
     id: str = ""
     line: int | None = None
+    videos: tuple[tuple[ImageRef, ...], ...] = ()
+
+    @property
+    def pictures(self) -> tuple[ImageRef, ...]:
+        """Every picture of the row: its images, then the frames of its videos."""
+        return (*self.images, *(frame for video in self.videos for frame in video))
+
+    @property
+    def turns(self) -> list[list]:
+        """The turns as JSON: role and parts, an image as its number, a video as its number and its frames'
+        count. With the content of `pictures`, all that the row shows a model."""
+        return [[message.role, [self._part(part) for part in message.content]] for message in self.messages]
+
+    def _part(self, part: Part) -> object:
+        if isinstance(part, Video):
+            return [part.index, len(self.videos[part.index])]
+        return part.text if isinstance(part, Text) else part.index
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +178,10 @@ def reject(row: Row, error: RowError) -> Rejected:
     return Rejected(row=row.row, id=row.id, code=error.code, detail=error.detail, line=row.line)
 
 
-def user_message(text: str, images: int = 1, first: int = 0) -> Message:
-    """A user turn of `images` images, numbered from `first`, followed by `text`."""
-    return Message("user", (*(Image(first + i) for i in range(images)), Text(text)))
+def user_message(text: str, images: int = 1, first: int = 0, videos: int = 0) -> Message:
+    """A user turn of `images` images, numbered from `first`, and `videos` videos, followed by `text`."""
+    pictures: list[Part] = [Image(first + i) for i in range(images)]
+    return Message("user", (*pictures, *(Video(i) for i in range(videos)), Text(text)))
 
 
 def assistant_message(text: str) -> Message:

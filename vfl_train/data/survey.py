@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vfl_train.data.boxes import EXAMPLES, MAX_LISTED, BoxCensus, boxes_in
-from vfl_train.data.images import encoded_bytes, image_size, open_image
+from vfl_train.data.images import encoded_bytes, image_size
 from vfl_train.data.pool import Pool
-from vfl_train.data.rows import Image, ImageRef, Reason, Rejected, Row, RowError, Text, one_line, reject
+from vfl_train.data.rows import ImageRef, Reason, Rejected, Row, RowError, one_line, reject
+from vfl_train.data.videos import open_row
 
 if TYPE_CHECKING:
     from vfl_train.data.collator import Encoder
@@ -54,6 +55,7 @@ class Survey:
         self.flags = {name: Flag() for name in FLAGS}
         self.boxes = BoxCensus()
         self.images_a_row: Counter[int] = Counter()
+        self.videos_a_row: Counter[int] = Counter()
         self.answer_lengths: Counter[int] = Counter()  # characters
         self.token_lengths: Counter[int] = Counter()
         self.sources: Counter[str] = Counter()
@@ -114,6 +116,7 @@ class Survey:
                 for name, flag in self.findings().items()
             },
             "images_a_row": {str(n): self.images_a_row[n] for n in sorted(self.images_a_row)},
+            "videos_a_row": {str(n): self.videos_a_row[n] for n in sorted(self.videos_a_row)},
             "answers": {"count": self.answer_lengths.total(), "different": len(self._answers)},
             "boxes": {"count": self.boxes.boxes, "coordinates": self.boxes.kind or None},
             "tokens": spread(self.token_lengths),
@@ -122,7 +125,7 @@ class Survey:
 
     def _add(self, row: Row) -> None:
         length = None if self.encoder is None else _length(self.encoder, row)
-        images = [self._image(row, ref) for ref in row.images]
+        images = [self._image(row, ref) for ref in row.pictures]
         text = "\n".join(message.text for message in row.messages)
         if boxes := list(boxes_in(text)):
             sizes = [image_size(ref) for ref in row.images]
@@ -135,6 +138,7 @@ class Survey:
                 self.flags["over_long"].add(row.row, f"{length} tokens")
         self._repeats(row, images)
         self.images_a_row[len(row.images)] += 1
+        self.videos_a_row[len(row.videos)] += 1
         self.sources[row.source] += 1
         for message in row.messages:
             if message.role == "assistant":
@@ -146,10 +150,7 @@ class Survey:
             first = self._ids.setdefault(_digest(row.id.encode("utf-8", "surrogatepass")), row.row)
             if first != row.row:
                 self.flags["duplicate_id"].add(row.row, f"id {row.id} as row {first}")
-        turns = [
-            [m.role, [p.text if isinstance(p, Text) else _place(p) for p in m.content]] for m in row.messages
-        ]
-        content = json.dumps([turns, images]).encode("ascii")
+        content = json.dumps([row.turns, images]).encode("ascii")
         first = self._rows.setdefault(_digest(content), row.row)
         if first != row.row:
             self.flags["duplicate_row"].add(row.row, f"repeats row {first}")
@@ -169,7 +170,7 @@ class Survey:
 
 def _length(encoder: Encoder, row: Row) -> int:
     """Tokens of the row. Raises RowError if it cannot be encoded or nothing of it would be trained on."""
-    encoded = encoder.encode(row.messages, [open_image(ref) for ref in row.images])
+    encoded = encoder.encode(row.messages, *open_row(row))
     if encoded.n_answer_tokens == 0:
         raise RowError(Reason.no_answer, "no token of the row is an answer's")
     return encoded.length
@@ -191,10 +192,6 @@ def spread(lengths: Counter[int]) -> dict[str, int] | None:
 def largest(counts: Counter[str], limit: int = 10) -> list[tuple[str, int]]:
     """The most frequent, then by name."""
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
-
-
-def _place(part: Image) -> int:
-    return part.index
 
 
 def _digest(content: bytes) -> int:

@@ -222,14 +222,25 @@ def _json_record(file: Path, sample: _Sample) -> Record:
 
 
 def _with_images(file: Path, sample: _Sample, value: dict) -> dict:
-    """The row with its images as places in the file: those it names, else all there are."""
+    """The row with its images and frames as places in the file: those it names, else all as images."""
     members = [m for m in sample.members if key_of(m.name)[1].rpartition(".")[2] in IMAGE_SUFFIXES]
+    filmed = {key: value[key] for key in ("video", "videos") if isinstance(value.get(key), list)}
+    value = {**value, **{key: _frames_named(file, members, listed) for key, listed in filmed.items()}}
     named = next((key for key in ("image", "images") if value.get(key) is not None), None)
     if named is None:
-        refs: list[object] = [_ref(file, member) for member in members]
+        refs: list[object] = [] if filmed else [_ref(file, member) for member in members]
         return {**value, "image": refs} if refs else value
     listed = value[named] if isinstance(value[named], list) else [value[named]]
     return {**value, named: [_named(file, members, name) for name in listed]}
+
+
+def _frames_named(file: Path, members: list[_Member], listed: list) -> list:
+    """Frames, or lists of them, as members. A video file that is named in place of a list stays a name."""
+    if any(isinstance(each, list) for each in listed):
+        return [_frames_named(file, members, each) if isinstance(each, list) else each for each in listed]
+    if any(isinstance(each, str) and key_of(each)[1].rpartition(".")[2] in IMAGE_SUFFIXES for each in listed):
+        return [_named(file, members, each) for each in listed]
+    return listed
 
 
 def _named(file: Path, members: list[_Member], name: object) -> object:

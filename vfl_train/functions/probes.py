@@ -1,4 +1,5 @@
-"""Probe sets: folders of image pairs, one question and two answers a pair.
+"""Probe sets: folders of image pairs (or pairs of videos, as lists of frames), one question and two answers a
+pair.
 
 A probe set is a measuring instrument, so a set with a bad pair is refused as a whole, naming the line;
 `vfl-train probes check DIR` lists everything that is wrong with it.
@@ -16,37 +17,65 @@ from PIL import Image
 
 from vfl_train.data.images import open_image, resolve_image
 from vfl_train.data.rows import ImageRef, one_line
+from vfl_train.data.videos import check_frame_count, open_videos
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.functions.matching import box as box_of
 from vfl_train.functions.matching import matches, normalise
 from vfl_train.schemas import BUILTIN_FUNCTIONS, ProbePair, check_function_name
 
 PAIRS_FILE = "pairs.jsonl"
+Picture = Image.Image | ImageRef  # decoded, or a file
+Source = Picture | tuple[Picture, ...]  # a tuple: the frames of a video
+Shown = tuple[list[Image.Image], list[list[Image.Image]]]  # images and videos, as a prompt takes them
 
 
 @dataclass(frozen=True)
 class LoadedPair:
-    """A probe pair with its line number and two images of equal size: decoded ones, or files that are decoded
-    at each access to `image_a` and `image_b`, so that the pixels of a large set are not held."""
+    """A probe pair with its line number and two images of equal size, or two videos of as many frames:
+    decoded ones, or files that are decoded at each access, so that the pixels of a large set are not held."""
 
     line: int
     pair: ProbePair
-    source_a: Image.Image | ImageRef
-    source_b: Image.Image | ImageRef
+    source_a: Source
+    source_b: Source
+
+    @property
+    def shown_a(self) -> Shown:
+        """RGB. Raises DataError if a file cannot be read (any more)."""
+        return decoded(self.source_a)
+
+    @property
+    def shown_b(self) -> Shown:
+        """As `shown_a`."""
+        return decoded(self.source_b)
 
     @property
     def image_a(self) -> Image.Image:
-        """RGB. Raises DataError if its file cannot be read (any more)."""
-        return _decoded(self.source_a)
+        """The image, or the first frame of the video. Raises as `shown_a`."""
+        return pictures(self.shown_a)[0]
 
     @property
     def image_b(self) -> Image.Image:
         """As `image_a`."""
-        return _decoded(self.source_b)
+        return pictures(self.shown_b)[0]
 
 
-def _decoded(source: Image.Image | ImageRef) -> Image.Image:
-    return open_image(source) if isinstance(source, ImageRef) else source
+def decoded(source: Source) -> Shown:
+    """What is shown of a side of a pair. Raises DataError if a file cannot be read."""
+    if not isinstance(source, tuple):
+        return [open_image(source) if isinstance(source, ImageRef) else source], []
+    files = [frame for frame in source if isinstance(frame, ImageRef)]
+    return [], open_videos([files]) if files else [[f for f in source if not isinstance(f, ImageRef)]]
+
+
+def pictures(shown: Shown) -> list[Image.Image]:
+    """The image, or every frame."""
+    images, videos = shown
+    return [*images, *(frame for frames in videos for frame in frames)]
+
+
+def _pixels(shown: Shown) -> bytes:
+    return b"".join(picture.tobytes() for picture in pictures(shown))
 
 
 @dataclass(frozen=True)
@@ -79,20 +108,30 @@ def scan(folder: Path) -> Iterator[LoadedPair | BadPair]:
             continue
         try:
             pair = _parse(line)
-            a, b = (open_image(resolve_image(p, folder)) for p in (pair.image_a, pair.image_b))
+            a, b = (decoded(_source(p, folder)) for p in (pair.image_a, pair.image_b))
             _check_pair(pair, a, b)
         except DataError as e:
             yield BadPair(number, one_line(e.message))
         else:
-            yield LoadedPair(number, pair, a, b)
+            yield LoadedPair(
+                number, pair, *(images[0] if images else tuple(videos[0]) for images, videos in (a, b))
+            )
+
+
+def _source(paths: str | tuple[str, ...], folder: Path) -> ImageRef | tuple[ImageRef, ...]:
+    """The files of an image or of a video's frames. Raises DataError."""
+    if isinstance(paths, str):
+        return resolve_image(paths, folder)
+    check_frame_count([len(paths)])
+    return tuple(resolve_image(path, folder) for path in paths)
 
 
 def _parse(line: bytes) -> ProbePair:
     """The pair of one line. Raises DataError for what is no JSON object with the right keys."""
     try:
         pair = ProbePair.from_json(json.loads(line.decode("utf-8"), object_pairs_hook=_unique))
-        for text in vars(pair).values():
-            text.encode("utf-8")
+        for value in vars(pair).values():
+            "".join(value).encode("utf-8")
     except UnicodeDecodeError:
         raise DataError("not valid UTF-8") from None
     except UnicodeEncodeError:
@@ -113,11 +152,16 @@ def _unique(items: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _check_pair(pair: ProbePair, a: Image.Image, b: Image.Image) -> None:
+def _check_pair(pair: ProbePair, a: Shown, b: Shown) -> None:
     """Raises DataError where a swap between the images could not be done or could show nothing."""
-    if a.size != b.size:
-        sizes = [f"{name} is {i.width} x {i.height}" for name, i in ((pair.image_a, a), (pair.image_b, b))]
-        raise DataError(f"{' and '.join(sizes)} pixels: sizes must be equal")
+    frames = [len(videos[0]) if videos else 0 for _, videos in (a, b)]
+    if frames[0] != frames[1]:
+        raise DataError(f"image_a has {frames[0]} frames and image_b {frames[1]}: they must be equal")
+    sizes = [pictures(shown)[0].size for shown in (a, b)]
+    if sizes[0] != sizes[1]:
+        named = [n if isinstance(n, str) else n[0] for n in (pair.image_a, pair.image_b)]
+        said = [f"{name} is {width} x {height}" for name, (width, height) in zip(named, sizes, strict=True)]
+        raise DataError(f"{' and '.join(said)} pixels: sizes must be equal")
     if pair.match == "iou":
         for key in ("answer_a", "answer_b"):
             if box_of(getattr(pair, key)) is None:
@@ -129,7 +173,7 @@ def _check_pair(pair: ProbePair, a: Image.Image, b: Image.Image) -> None:
     answers = pair.answer_a, pair.answer_b
     if matches(*answers, pair.match) or matches(*answers[::-1], pair.match):
         raise DataError("both images have the same answer: a swap could change nothing")
-    if a.tobytes() == b.tobytes():
+    if _pixels(a) == _pixels(b):
         raise DataError("both images show the same pixels: a swap could change nothing")
 
 
@@ -147,8 +191,8 @@ def load_probe_set(folder: Path, functions: Sequence[str] = (), limit: int | Non
                 f"{folder / PAIRS_FILE} line {found.line}: {found.reason}",
                 f"mend or remove it; `vfl-train probes check {folder}` lists every bad pair",
             )
-        digest.update(found.image_a.tobytes() + found.image_b.tobytes())
-        a, b = (resolve_image(p, folder) for p in (found.pair.image_a, found.pair.image_b))
+        digest.update(_pixels(found.shown_a) + _pixels(found.shown_b))
+        a, b = (_source(p, folder) for p in (found.pair.image_a, found.pair.image_b))
         pairs.setdefault(found.pair.function, []).append(replace(found, source_a=a, source_b=b))
     chosen = _choose(pairs, functions, limit)
     available = {name: len(pairs[name]) for name in chosen}
@@ -197,8 +241,10 @@ def save_probe_set(probes: ProbeSet, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for loaded in (p for pairs in probes.pairs.values() for p in pairs):
-        loaded.image_a.save(folder / loaded.pair.image_a)
-        loaded.image_b.save(folder / loaded.pair.image_b)
+        for shown, paths in ((loaded.shown_a, loaded.pair.image_a), (loaded.shown_b, loaded.pair.image_b)):
+            names = (paths,) if isinstance(paths, str) else paths
+            for picture, name in zip(pictures(shown), names, strict=True):
+                picture.save(folder / name)
         lines.append(json.dumps(vars(loaded.pair)))
     (folder / PAIRS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -44,7 +44,7 @@ def agree_before_training(
     facts |= {f"the setting {k}": v for k, v in settings.items() if not isinstance(v, Path) and k != "data"}
     facts |= {
         "the data": data_sha256,
-        "the rows with images": sum(bool(row.images) for row in rows),
+        "the rows with images": sum(bool(row.pictures) for row in rows),
         "the plan": list(plan.module_names),
         "the initial adapter": initial_state(
             [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vfl_train.data.containers import selected_file
 from vfl_train.data.rows import Row, row_uid
 from vfl_train.errors import ConfigError, DataError
 from vfl_train.runs import MANIFEST, file_sha256
@@ -52,7 +53,8 @@ def find_buckets(config: LoraConfig, rows: Sequence[Row], sha256: str) -> Bucket
         ConfigError: --scores holds no scores.parquet, or one that cannot be read.
         DataError: the scores are not those of these rows (naming the first row that does not fit).
     """
-    folder = config.scores if config.scores is not None else Path(config.data).parent
+    data = selected_file(Path(config.data)) or Path(config.data)
+    folder = config.scores if config.scores is not None else data.parent
     path = Path(folder) / SCORES
     if not path.is_file():
         if config.scores is None:
@@ -61,7 +63,7 @@ def find_buckets(config: LoraConfig, rows: Sequence[Row], sha256: str) -> Bucket
             f"--scores {folder} holds no {SCORES}", "give the output folder of vfl-train select"
         )
     written = _written(Path(folder))
-    if config.scores is None and Path(config.data).name not in written:
+    if config.scores is None and data.name not in written:
         return None  # another file that happens to lie there
     scores = _read(path)
     return Buckets(_match(path, scores, rows, sha256 in written.values()), file_sha256(path))

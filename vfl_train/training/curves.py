@@ -80,7 +80,7 @@ class TrainingCurves(TrainerCallback, ExportableState):
     ) -> None:
         known = {row.row for row in rows}
         self.losses = FunctionLosses({r: b for r, b in buckets.items() if r in known}, "loss")
-        self.images = {row.row: len(row.images) for row in rows}
+        self.images = {row.row: len(row.pictures) for row in rows}
         self.placeholder_ids = placeholder_ids
         self.trainer: Any = None  # set by the trainer, which is made later
         self._batch: Sequence[int] = ()
@@ -140,7 +140,7 @@ def first_batch(
     without images by mistake, or with a mask that covers nothing, is seen here before anything is spent.
 
     Args:
-        images: number of images by row number.
+        images: number of images, frames of videos among them, by row number.
 
     Raises:
         DataError: no token of the batch is supervised.

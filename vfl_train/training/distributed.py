@@ -254,7 +254,7 @@ class RunView(RunFolder):
 
 
 def open_run(
-    output: Path, fingerprint: Mapping[str, Any], overwrite: bool, allow_change: Sequence[str] = ()
+    output: Path, fingerprint: Mapping[str, Any], overwrite: bool, allow_change: Sequence[str] | None = None
 ) -> RunFolder:
     """`RunFolder.open` in the first process, a `RunView` with what that found in the others. Raises as it."""
     agree({"the base model": fingerprint.get("inputs", {}).get("model")}, "the base model")

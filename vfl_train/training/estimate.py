@@ -96,6 +96,7 @@ class Estimate:
     cache_bytes: float
     passes: float
     deepspeed: bool = False
+    cached: bool = False
 
     def text(self) -> str:
         """The lines that --dry-run prints."""
@@ -111,12 +112,24 @@ class Estimate:
                 f"{size(self.shape.weights)}",
                 f"a step costs {share:.0%} of one with LoRA on every layer (no recomputation)",
             ]
-        total = self.steps * self.step_seconds
         return [
             f"probe of {STEPS} steps on one device{self._without()}: {self.step_seconds:.2f} s a step of "
             f"{self.rows_a_step} rows, memory peak {size(self.memory)}",
-            f"{self.steps} steps: about {duration(total)} (validation and saving not counted)",
+            self._duration(self.step_seconds),
         ]
+
+    def _duration(self, step: float) -> str:
+        """The line that says how long the run takes, from the seconds of a step without a cache."""
+        total, note = self.steps * step, "(validation and saving not counted)"
+        if not self.cached or self.shape.lowest == 0:
+            return f"{self.steps} steps: about {duration(total)} {note}"
+        whole = units(self.shape, self.shape.lowest)
+        share = units(self.shape, self.shape.lowest, cached=True) / whole
+        filling = total / self.passes * (1 - share)
+        return (
+            f"{self.steps} steps from the prefix cache: about {duration(total * share)} by the unit model, "
+            f"and {duration(filling)} to fill it {note}"
+        )
 
     def _without(self) -> str:
         return ", without DeepSpeed" if self.deepspeed else ""
@@ -187,6 +200,7 @@ def estimate(
         checkpoints=config.save_total_limit if config.save_steps else 0, shape=shape,
         cache_bytes=len(rows.rows) * shape.tokens * shape.hidden * shape.bytes_a_number,
         passes=steps / an_epoch, deepspeed=config.deepspeed is not None,
+        cached=config.cache_prefix,
     )  # fmt: skip
 
 

@@ -261,13 +261,13 @@ def first_failure(folder: Path, exit_codes: Mapping[int, int]) -> VflError:
     """What to raise, from the outcomes in `folder` and the exit codes torchrun saw (negative: a signal).
 
     A process that names its own fault comes first, then one that died without a word; that a process lost
-    another, or was ended by the launcher, is only their consequence."""
+    another, or was ended by the launcher (SIGTERM), is only their consequence."""
     outcomes = sorted(map(_read_outcome, folder.glob(OUTCOME.format("*"))), key=lambda o: o["time"])
     told = {outcome["rank"] for outcome in outcomes}
     for outcome in outcomes:
         if outcome["code"] not in (DISTRIBUTED, INTERRUPTED, TERMINATED):
             return _as_error(outcome)
-    for rank, code in sorted(exit_codes.items()):
+    for rank, code in sorted(exit_codes.items(), key=lambda item: (item[1] == -signal.SIGTERM, item)):
         if code < 0 and rank not in told:
             name = signal.Signals(-code).name
             hint = "often the machine ran out of memory" if name == "SIGKILL" else "see its messages above"

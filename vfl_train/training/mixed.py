@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from vfl_train.data.collator import Collator, collate
+from vfl_train.errors import ConfigError
 from vfl_train.training.deepspeed import stage_of
 from vfl_train.training.distributed import world
 
@@ -30,11 +31,18 @@ def same_modules(
     collator: Collator, rows: Sequence[Row], settings: dict[str, Any] | None
 ) -> Callable[[Sequence[Row]], dict[str, Any]]:
     """`collator`; or, under ZeRO-3 and where rows with and without images are mixed, one whose batches all
-    have an image."""
-    with_image = [row for row in rows if row.images]
-    if stage_of(settings) < 3 or world().size == 1 or not with_image or len(with_image) == len(rows):
+    have an image. Raises ConfigError there for rows with videos beside others."""
+    if stage_of(settings) < 3 or world().size == 1:
         return collator
-    return WithImage(collator, min(with_image, key=lambda row: len(row.images)))
+    kinds = {(bool(row.images), bool(row.videos)) for row in rows}
+    if len(kinds) > 1 and any(filmed for _, filmed in kinds):
+        raise ConfigError(
+            "ZeRO-3 cannot mix rows with videos and others: processes would run different modules",
+            "use --deepspeed zero2, or rows of one kind",
+        )
+    if len(kinds) < 2:
+        return collator
+    return WithImage(collator, min((row for row in rows if row.images), key=lambda row: len(row.images)))
 
 
 class WithImage:

@@ -207,7 +207,7 @@ def _check_row(
     autocast: torch.dtype | None,
 ) -> None:
     """Raises ConfigError unless a row is encoded the same twice and its batch may begin at `layer`."""
-    position = next((n for n in missing if rows[n].images), missing[0])
+    position = max(missing, key=lambda n: (bool(rows[n].videos), bool(rows[n].images)))
     once, again = collator.encode(rows[position]), collator.encode(rows[position])
     for name, value in once.inputs.items():
         if not isinstance(value, torch.Tensor):
@@ -269,41 +269,29 @@ def _fill(
     config: LoraConfig,
     autocast: torch.dtype | None,
 ) -> None:
-    """Compute and write the entries of `missing`: each process its share, then whatever is missing here
-    still, as where disks are not shared. All processes call it, those that miss nothing too."""
-    here = world()
-    _fill_share(vlm, collator, rows, list(missing[here.rank :: here.size]), keys, store, config, autocast)
-    exchange(None, "the prefix cache", patience=float("inf"))
-    if here.size > 1:
-        rest = [n for n in missing if not store.has(keys[rows[n].uid])]
-        _fill_share(vlm, collator, rows, rest, keys, store, config, autocast)
-        exchange(None, "the end of the prefix cache", patience=float("inf"))
-
-
-def _fill_share(
-    vlm: VisionLanguageModel,
-    collator: Collator,
-    rows: Sequence[Row],
-    todo: list[int],
-    keys: Mapping[str, str],
-    store: PrefixStore,
-    config: LoraConfig,
-    autocast: torch.dtype | None,
-) -> None:
-    """Compute and write the entries of the rows at `todo`, in batches as large as training's."""
+    """Compute and write the entries of `missing`, in batches as large as training's: each process its share,
+    then whatever is missing here still, as where disks are not shared. All processes call it, those that miss
+    nothing too."""
 
     def encode(positions: Iterable[int]) -> list[tuple[str, Encoded]]:
         return [(keys[rows[n].uid], collator.encode(rows[n])) for n in positions]
 
-    loader: DataLoader = DataLoader(
-        todo,  # type: ignore[arg-type]  # any sequence does
-        config.per_device_train_batch_size,
-        collate_fn=encode,
-        num_workers=config.dataloader_num_workers,
-    )
-    for batch in track(loader, len(loader), "prefix cache"):
-        hidden = states_at(
-            vlm, collate([each for _, each in batch], collator.pad_token_id), store.layer, autocast
+    def fill(todo: Sequence[int]) -> None:
+        loader: DataLoader = DataLoader(
+            todo,  # type: ignore[arg-type]  # any sequence does
+            config.per_device_train_batch_size,
+            collate_fn=encode,
+            num_workers=config.dataloader_num_workers,
         )
-        for (key, encoded), states in zip(batch, hidden, strict=True):
-            store.write(key, Entry(_stored(encoded), states[: encoded.length]))
+        for batch in track(loader, len(loader), "prefix cache"):
+            inputs = collate([each for _, each in batch], collator.pad_token_id)
+            hidden = states_at(vlm, inputs, store.layer, autocast)
+            for (key, encoded), states in zip(batch, hidden, strict=True):
+                store.write(key, Entry(_stored(encoded), states[: encoded.length]))
+
+    here = world()
+    fill(missing[here.rank :: here.size])
+    exchange(None, "the prefix cache", patience=float("inf"))
+    if here.size > 1:
+        fill([n for n in missing if not store.has(keys[rows[n].uid])])
+        exchange(None, "the end of the prefix cache", patience=float("inf"))

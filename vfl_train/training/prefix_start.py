@@ -97,6 +97,8 @@ def refusal(
     vlm: VisionLanguageModel, batch: Mapping[str, Any], layer: int, autocast: torch.dtype | None
 ) -> str | None:
     """Why a batch (of one row) that begins at `layer` is not what it is when it runs whole, or None."""
+    if any(vlm.reads_across(index) for index in range(layer, vlm.num_layers)):
+        return f"layers of this {vlm.model_type} from {layer} on read the image, which the cache would lack"
     given: dict[int, torch.Tensor] = {}
     returned: dict[int, torch.Tensor] = {}
     with ExitStack() as undo:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from vfl_train.data.collator import Encoded
-from vfl_train.data.rows import Image, ImageRef, Row
+from vfl_train.data.rows import ImageRef, Row
 from vfl_train.errors import DiskError
 from vfl_train.runs import disk_errors
 
@@ -52,13 +52,9 @@ def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_key(row: Row, max_pixels: int | None = None) -> str:
-    """sha256 over what the row shows the model: its turns, the bytes of its images, and the pixel limit that
-    is its own (None: the processor's)."""
-    turns = [
-        [m.role, [part.index if isinstance(part, Image) else part.text for part in m.content]]
-        for m in row.messages
-    ]
-    content = json.dumps([turns, [image_digest(ref) for ref in row.images], max_pixels])
+    """sha256 over what the row shows the model: its turns, the bytes of its pictures, and the pixel limit
+    that is its own (None: the processor's)."""
+    content = json.dumps([row.turns, [image_digest(ref) for ref in row.pictures], max_pixels])
     return hashlib.sha256(content.encode()).hexdigest()
 
 

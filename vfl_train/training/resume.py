@@ -104,7 +104,7 @@ class Checkpoints(TrainerCallback):
         self.found = checkpoint.read(self.root / name)
         place = f"checkpoint {self.found.folder.name}"
         wanted = json.loads(dumps(self.fingerprint))
-        self.changed = refuse_differences(place, self.found.fingerprint, wanted, self.allowed)
+        self.changed = refuse_differences(place, self.found.fingerprint, wanted, self.allowed, True)
         log.info("resuming from checkpoint %s", self.found.folder.name)
         return self.found.folder
 

@@ -96,7 +96,7 @@ def _groups(rows: Sequence[Row]) -> dict[str, list[int]]:
             parent[key] = key = parent[parent[key]]
         return key
 
-    keys = [[digests[ref] for ref in row.images] or [_text_digest(row)] for row in rows]
+    keys = [[digests[ref] for ref in row.pictures] or [_text_digest(row)] for row in rows]
     for first, *others in keys:
         for other in others:
             low, high = sorted((root(first), root(other)))
@@ -108,7 +108,7 @@ def _groups(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def _image_digests(rows: Sequence[Row]) -> dict[ImageRef, str]:
-    refs = list(dict.fromkeys(ref for row in rows for ref in row.images))
+    refs = list(dict.fromkeys(ref for row in rows for ref in row.pictures))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(refs, track(pool.map(image_digest, refs), len(refs), "images"), strict=True))
 
