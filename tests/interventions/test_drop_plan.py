@@ -10,7 +10,7 @@ import torch
 from pictures import picture
 from precision import as_dtype, with_float64_decoder
 from processors import llava_processor
-from tiny_models import FAMILIES, LAYERS, UNREGISTERED, VARIANTS, _louder, tiny_vlm
+from tiny_models import FAMILIES, LAYERS, VARIANTS, louder, tiny_vlm
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
@@ -154,7 +154,7 @@ def test_generate_says_what_the_reference_says(family):
 
 def test_marks_between_the_pieces_of_an_image_go_with_it_if_told():
     """Without `image_tokens` they count as text."""
-    vlm = tiny_vlm(next(iter(UNREGISTERED)))
+    vlm = tiny_vlm("idefics3")
     prompts = prompts_of(vlm)
     tokens, left = image_tokens(prompts, left=False, extra=9), image_tokens(prompts, left=True)
     for layer in range(LAYERS):
@@ -274,7 +274,7 @@ def sliding_llava() -> VisionLanguageModel:
             text_config=text, vision_config=vision, image_token_id=ids("<image>"), vision_feature_layer=-1
         )
     )
-    return VisionLanguageModel(_louder(model), processor, "sliding-llava")
+    return VisionLanguageModel(louder(model), processor, "sliding-llava")
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ ROWS = {"one image": one_image_rows, "two images": two_image_rows}
 
 
 def logprobs(vlm: VisionLanguageModel, rows: list[Row], path: str, cost: Cost | None = None) -> torch.Tensor:
-    return torch.tensor([p for r in read_out(vlm, rows, path, cost=cost) for p in r.logprobs]).double()
+    found = [p for r in read_out(vlm, rows, path, cost=cost) for p in r.logprobs]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -44,7 +44,7 @@ def run(vlm, rows, path="engine", **settings) -> tuple[list, Cost]:
 
 
 def logprobs(vlm, rows, path) -> torch.Tensor:
-    return torch.tensor([p for r in run(vlm, rows, path)[0] for p in r.logprobs]).double()
+    return torch.tensor([p for r in run(vlm, rows, path)[0] for p in r.logprobs], dtype=torch.float64)
 
 
 def assert_equal(ours, theirs) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 from pictures import picture
-from tiny_models import TEXT, tiny_vlm
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from tiny_models import ALL
 
 from vfl_train.errors import ConfigError
 from vfl_train.interventions import Row, drop, read_out, swap
@@ -15,10 +14,9 @@ from vfl_train.models.generation import generate
 
 
 @pytest.fixture
-def vlm():
-    found = tiny_vlm("idefics3")
-    assert found.model_type not in FAMILIES
-    return found
+def vlm(monkeypatch):
+    monkeypatch.delitem(FAMILIES, "idefics3")
+    return VisionLanguageModel(*ALL["idefics3"](), "a stranger")
 
 
 def test_an_image_in_tiles_is_one_span(vlm):
@@ -52,24 +50,8 @@ def test_both_paths_and_generation_work(vlm):
     assert everywhere == pytest.approx(wanted, abs=2e-5) and engine[4].holds
 
 
-def test_images_read_by_cross_attention_are_refused():
-    llava = tiny_vlm("llava")
-    config = MllamaConfig(
-        text_config={
-            **TEXT, "vocab_size": len(llava.processor.tokenizer), "cross_attention_layers": [1],
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        vision_config={
-            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1,
-            "attention_heads": 2, "image_size": 32, "patch_size": 8, "max_num_tiles": 1,
-            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
-            "vision_output_dim": 64,
-        },
-        image_token_index=llava.image_token_id,
-    )  # fmt: skip
-    vlm = VisionLanguageModel(MllamaForConditionalGeneration(config), llava.processor, "mllama")
-    row = Row(llava.prompt("three cats ?", [picture(0, 64)]), (5,), drop([0, 1]))
-    for path in ("reference", "engine"):
-        with pytest.raises(ConfigError, match=r"layer 1 of this mllama .* no self-attention over the image"):
-            list(read_out(vlm, [row], path))
+def test_layers_without_self_attention_are_refused(monkeypatch):
+    """What a layer without it reads of the image cannot be told: here, Llama 3.2 Vision's cross-attention."""
+    monkeypatch.delitem(FAMILIES, "mllama")
+    with pytest.raises(ConfigError, match="2 of 4 decoder layers have cross_attn in place of self-attention"):
+        VisionLanguageModel(*ALL["mllama"](), "a stranger")

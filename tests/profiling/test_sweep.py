@@ -240,7 +240,7 @@ def test_unequal_grids_are_refused_by_name(phantom, pair):
 def test_a_pair_that_the_model_cannot_take_names_its_line_and_keeps_the_kind_of_error(
     phantom, pair, monkeypatch, error
 ):
-    def refuse(question, images):
+    def refuse(question, images, videos):
         raise error
 
     monkeypatch.setattr(phantom, "prompt", refuse)
@@ -250,7 +250,7 @@ def test_a_pair_that_the_model_cannot_take_names_its_line_and_keeps_the_kind_of_
 
 
 def test_what_a_processor_says_itself_becomes_one_line(phantom, pair, monkeypatch):
-    def refuse(question, images):
+    def refuse(question, images, videos):
         raise ValueError("aspect ratio must be smaller than 200\nTraceback of no use")
 
     monkeypatch.setattr(phantom, "prompt", refuse)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageColor
+
+from vfl_train.data.images import open_image
+from vfl_train.data.rows import Row
 
 COLOURS = ("red", "lime", "blue", "white")
 METADATA = {"huggingface": '{"info": {}}', "note": "kept"}
@@ -39,6 +42,16 @@ def pool_rows(count: int = 20) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def colours(row: Row) -> list[tuple[int, ...]]:
+    """The colour of each image of a row as a container gives it."""
+    return [open_image(ref).getpixel((0, 0)) for ref in row.images]
+
+
+def expected_colours(number: int) -> list[tuple[int, ...]]:
+    """What `colours` must find in row `number` of `pool_rows`."""
+    return [ImageColor.getrgb(COLOURS[(number + k) % 4]) for k in range(number % 3)]
 
 
 def table(rows: list[dict]) -> pa.Table:

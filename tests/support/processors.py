@@ -9,7 +9,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     CLIPImageProcessor,
     Gemma3Processor,
-    Idefics3Processor,
     InternVLProcessor,
     InternVLVideoProcessor,
     LlavaProcessor,
@@ -20,7 +19,6 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -193,17 +191,3 @@ def gemma3_processor(**image_options: Any) -> Gemma3Processor:
         image_seq_length=16,
         chat_template=templates.GEMMA3,
     )
-
-
-def idefics3_processor() -> Idefics3Processor:
-    """Images above 32 x 32 pixels in tiles, each with a text token for its place, and a thumbnail."""
-    places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_core(trim_offsets=True),
-        bos_token="<|begin_of_text|>",
-        eos_token="<end_of_utterance>",
-        pad_token="<|reserved_special_token_0|>",
-        extra_special_tokens=["<fake_token_around_image>", "<image>", "<global-img>", *places],
-    )
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=templates.IDEFICS3)

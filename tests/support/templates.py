@@ -1,5 +1,5 @@
-"""Chat templates of the published instruct models, shortened only where no image or text prompt goes
-(tools, videos, image numbering)."""
+"""Chat templates of the published instruct models, shortened only where no image, video or text prompt goes
+(tools, image numbering); videos stand in those whose family is tested with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ QWEN = (
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -38,6 +39,8 @@ QWEN3 = """\
             {%- for content in message.content %}
                 {%- if content.type == 'image' or 'image' in content or 'image_url' in content -%}
                     <|vision_start|><|image_pad|><|vision_end|>
+                {%- elif content.type == 'video' or 'video' in content -%}
+                    <|vision_start|><|video_pad|><|vision_end|>
                 {%- elif 'text' in content %}
                     {{- content.text }}
                 {%- endif %}
@@ -80,6 +83,7 @@ INTERNVL = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif content['type'] == 'video' %}{{ '<video>\n' }}"
     "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{'<|im_end|>\n'}}{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from PIL import Image
-from tiny_models import FAMILIES, UNREGISTERED
+from tiny_models import ALL
 
 from vfl_train.data.collator import Collator
 from vfl_train.data.readers import read_dataset
@@ -59,7 +59,7 @@ class Adapted:
     collator: Collator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.vlm = VisionLanguageModel(*{**FAMILIES, **UNREGISTERED}[self.family](), f"tiny-{self.family}")
+        self.vlm = VisionLanguageModel(*ALL[self.family](), f"tiny-{self.family}")
         plan = build_plan(choose_layers(self.vlm.info, layers=self.layers), self.vlm, 4)
         self.plan = replace(plan, module_names=(*plan.module_names, *self.extra))
         self.model = apply_lora(self.vlm.base, self.plan, r=4, alpha=8)

@@ -32,7 +32,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from vfl_train.interventions.hooks import attention_named, in_place_of
+from vfl_train.interventions.hooks import attention_named, in_place_of, named
 from vfl_train.interventions.layout import Layout, Place, Trunk, batches, why_not
 from vfl_train.interventions.readout import Cost, ReadOut, Row
 from vfl_train.interventions.reference import (
@@ -71,7 +71,7 @@ def read_out_engine(
     tail = partial(read_out_tail, batch_tokens=batch_tokens)
     for batch in batches(rows, batch_tokens):
         whole = whole_sequences(batch)
-        reasons = [None if tails else why_not(row) for row, tails in zip(batch, whole, strict=True)]
+        reasons = [_why_not(vlm, row, tails) for row, tails in zip(batch, whole, strict=True)]
         found: dict[bool, Iterator[ReadOut]] = {}
         for tails, run in ((False, _run), (True, tail)):
             ours = [row for row, t, r in zip(batch, whole, reasons, strict=True) if t == tails and r is None]
@@ -87,6 +87,14 @@ def read_out_engine(
         by_reference = read_out_reference(vlm, theirs, batch_tokens, cost)
         for tails, reason in zip(whole, reasons, strict=True):
             yield next(found[tails] if reason is None else by_reference)
+
+
+def _why_not(vlm: VisionLanguageModel, row: Row, tails: bool) -> str | None:
+    """Why the engine cannot run a row of this model exactly, as far as can be told beforehand. `tails`: it is
+    for the tail, which shares what lies below a layer and needs layers that always run."""
+    if vlm.family.cross_attention is not None or (row.prompt.spans and not tails):
+        return vlm.family.reference_only or why_not(row)
+    return None if tails else why_not(row)
 
 
 def _run(vlm: VisionLanguageModel, rows: Sequence[Row], cost: Cost) -> Iterator[ReadOut]:
@@ -158,11 +166,11 @@ class _Sweep:
     # --- one layer -------------------------------------------------------------------------------
 
     def layer(
-        self, index: int, forward: Callable, hidden_states: torch.Tensor, **kwargs: Any
+        self, index: int, forward: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """What stands in for decoder layer `index`: hidden states [prompts, T, D] in and out, of which the
         prefixes are computed; the last one returns [readers, positions, D] instead."""
-        self.index, prefix = index, self.tokens.prefix
+        self.index, prefix, kwargs = index, self.tokens.prefix, named(forward, args, kwargs)
         if index == 0:
             self.hidden = self._embed(hidden_states)
         last = index == self.vlm.num_layers - 1

@@ -8,7 +8,7 @@ would have said, the one at that position included; what is predicted after it i
 drafted, the output is the same (but for ties within rounding: the forced definition rules, see `readout`);
 a good draft only saves passes. An output equal to its draft takes one.
 
-An image placeholder cannot be forced, the model would look for its image: it ends an output, too.
+A placeholder of an image or video cannot be forced, the model would look for it: it ends an output, too.
 
 Answers judged by equality need none of this: forcing the expected output tells whether it would be said.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from vfl_train.interventions.readout import Cost, ReadOut, Row, read_out
@@ -47,9 +48,10 @@ def generate_under(
     Rows of one prompt should be neighbours: while their drafts agree, the engine shares their work.
     Raises ConfigError as `read_out`.
     """
-    placeholder, ends = vlm.image_token_id, {*vlm.eos_token_ids, vlm.image_token_id}
+    placeholders = vlm.placeholder_ids
+    ends = {*vlm.eos_token_ids, *placeholders}
     given = [(row.answer,) for row in rows] if drafts is None else drafts
-    candidates = [[_before(placeholder, draft) for draft in several] for several in given]
+    candidates = [[_before(placeholders, draft) for draft in several] for several in given]
     said: list[Tokens] = [()] * len(rows)
     active = list(range(len(rows))) if max_new_tokens > 0 else []
     while active:
@@ -60,8 +62,8 @@ def generate_under(
     return said
 
 
-def _before(token: int, tokens: Tokens) -> Tokens:
-    return tokens[: tokens.index(token)] if token in tokens else tokens
+def _before(stops: Tokens, tokens: Tokens) -> Tokens:
+    return tuple(takewhile(lambda token: token not in stops, tokens))
 
 
 def _with_draft(row: Row, said: Tokens, drafts: Sequence[Tokens], max_new_tokens: int) -> Row:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,9 +46,14 @@ def in_place_of(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own
 
 
-def silenced_modules(vlm: VisionLanguageModel, module: str) -> list[str]:
-    """What a knockout of `module` silences, by name inside a decoder layer."""
-    names = {"attention": vlm.family.attention, "mlp": vlm.family.mlp}
+def named(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decoder layer is given beside hidden states, by name: some models give a part by position."""
+    return {**dict(zip(list(signature(forward).parameters)[1:], args, strict=False)), **kwargs}
+
+
+def silenced_modules(vlm: VisionLanguageModel, layer: int, module: str) -> list[str]:
+    """What a knockout of `module` silences, by name inside decoder layer `layer`."""
+    names = {"attention": vlm.attention_name(layer), "mlp": vlm.family.mlp}
     return list(names.values()) if module == "both" else [names[module]]
 
 
@@ -88,7 +95,10 @@ def run_again(
 
     def keep(layer: int) -> Callable:
         def hook(module, args, kwargs):
-            given[layer] = kwargs  # masks and positions differ between layers
+            # Masks and positions differ between layers. What layers keep for later ones (shared keys and
+            # values) is the first run's: the second writes to a copy.
+            own = named(module.forward, args[1:], kwargs)
+            given[layer] = {k: copy(v) if isinstance(v, MutableMapping) else v for k, v in own.items()}
 
         return hook
 
@@ -96,6 +106,8 @@ def run_again(
         def hook(module, args, output):
             hidden = hidden_of(output)
             for layer in layers:
+                if layer not in given:
+                    continue  # the model skipped it: cross-attention in a prompt without images
                 if again is None:  # `forward`, not the call: the hooks here must not find themselves
                     second = vlm.layers[layer].forward(hidden, **given[layer])
                 else:

@@ -14,16 +14,22 @@
 The last three know no images: `spans` and `phase` mean nothing to them.
 
 Bound queries are all non-image tokens after the first touched span; with phase `decode` only those from
-the last prompt token on. Tokens before the span and image queries are never touched; positions stay.
+the last prompt token on, or, with `from_step` t, from the token on that predicts answer token t (0-based).
+Either way they are bound to the end, through a whole generated answer. Tokens before the span and image
+queries are never touched; positions stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vfl_train.errors import ConfigError
 from vfl_train.schemas import MODULES, RERUN_AT
+
+if TYPE_CHECKING:
+    from vfl_train.interventions.readout import Prompt
 
 KINDS = ("drop", "swap", "knockout", "uniform", "rerun")
 WHOLE_SEQUENCE = ("knockout", "uniform", "rerun")  # the kinds that touch every token, image and all
@@ -35,7 +41,7 @@ NOISE = "noise"  # the donor name of a swap with random K and V of the host's no
 class Intervention:
     """One intervention. `layers` are 0-based decoder layers; `spans` are image indices of the prompt
     (None: all of them); `donor` names the donor prompt of a swap; `module` is what a knockout silences; `at`
-    is when a rerun happens."""
+    is when a rerun happens; `from_step` the first answer token that phase `decode` touches."""
 
     kind: str
     layers: frozenset[int]
@@ -44,6 +50,7 @@ class Intervention:
     donor: str | None = None
     module: str = "attention"
     at: str = "end"
+    from_step: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -56,6 +63,13 @@ class Intervention:
             raise ConfigError(f"unknown time of a rerun {self.at!r}", "use end or itself")
         if (self.kind == "swap") != (self.donor is not None):
             raise ConfigError("a swap needs a donor, and only a swap has one")
+        if self.from_step < 0:
+            raise ConfigError(f"there is no answer token {self.from_step}", "count from 0")
+        if self.from_step and (self.phase != "decode" or self.kind in WHOLE_SEQUENCE):
+            raise ConfigError(
+                "only a drop or swap of phase decode begins at a later answer token",
+                "use phase decode, or leave from_step out",
+            )
 
     def check(self, num_layers: int) -> None:
         """Raises ConfigError naming a layer outside the model."""
@@ -63,21 +77,37 @@ class Intervention:
             if not 0 <= layer < num_layers:
                 raise ConfigError(f"layer {layer} is outside this model's layers 0-{num_layers - 1}")
 
+    def touched(self, prompt: Prompt) -> list[int]:
+        """The images of `prompt` that it touches, ascending."""
+        return list(range(len(prompt.spans))) if self.spans is None else sorted(self.spans)
+
+    def first_bound(self, prompt: Prompt) -> int:
+        """Position in `prompt` and its answer from which tokens are bound, images' apart. It must touch one
+        of the prompt's images."""
+        first = prompt.spans[self.touched(prompt)[0]][1]
+        return max(first, prompt.length - 1 + self.from_step) if self.phase == "decode" else first
+
 
 Branch = tuple[Intervention, ...]
 BASE: Branch = ()
 
 
-def drop(layers: Iterable[int], phase: str = "text", spans: Iterable[int] | None = None) -> Branch:
+def drop(
+    layers: Iterable[int], phase: str = "text", spans: Iterable[int] | None = None, from_step: int = 0
+) -> Branch:
     """A branch in which bound queries do not see the image at `layers`."""
-    return (Intervention("drop", frozenset(layers), _spans(spans), phase),)
+    return (Intervention("drop", frozenset(layers), _spans(spans), phase, from_step=from_step),)
 
 
 def swap(
-    layers: Iterable[int], donor: str, phase: str = "text", spans: Iterable[int] | None = None
+    layers: Iterable[int],
+    donor: str,
+    phase: str = "text",
+    spans: Iterable[int] | None = None,
+    from_step: int = 0,
 ) -> Branch:
     """A branch in which bound queries see `donor`'s image at `layers`."""
-    return (Intervention("swap", frozenset(layers), _spans(spans), phase, donor),)
+    return (Intervention("swap", frozenset(layers), _spans(spans), phase, donor, from_step=from_step),)
 
 
 def knockout(layers: Iterable[int], module: str = "attention") -> Branch:

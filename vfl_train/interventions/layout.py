@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vfl_train.errors import ConfigError
-from vfl_train.interventions.intervention import DIFFERENT_BOUNDS, NOISE, WHOLE_SEQUENCE, Intervention
+from vfl_train.interventions.intervention import NOISE, WHOLE_SEQUENCE, Intervention
 from vfl_train.interventions.readout import Prompt, Row
 
 Source = list[int]  # of each span: -1 dropped, n read from prompt n, this row's prompt: plain
@@ -48,17 +47,11 @@ def why_not(row: Row) -> str | None:
     if any(item.kind in WHOLE_SEQUENCE for item in row.branch):
         return "an intervention on whole sequences beside one on images"
     end = row.prompt.spans[-1][1]
-    if any(first_bound(row.prompt, item) < end for item in row.branch):
+    if any(item.first_bound(row.prompt) < end for item in row.branch if item.touched(row.prompt)):
         return "text between images is bound"
     if min(row.read_positions()) < end:
         return "an answer before the last image"
     return None
-
-
-def first_bound(prompt: Prompt, item: Intervention) -> int:
-    """Position of the first token that an intervention binds."""
-    first = prompt.spans[0 if item.spans is None else min(item.spans)][1]
-    return max(first, prompt.length - 1) if item.phase == "decode" else first
 
 
 class Layout:
@@ -133,13 +126,14 @@ class Layout:
             self.trunks.append(trunk)
         place = Place(row, trunk_of[trunk])
         for item in row.branch:
-            start = first_bound(row.prompt, item) - self.prefix[number]
+            if not item.touched(row.prompt):
+                continue
+            # Where the answer ends before the first bound token, none of it is bound.
+            start = min(item.first_bound(row.prompt) - self.prefix[number], self.tokens(trunk))
             for layer in item.layers:
                 plain = [number] * len(row.prompt.spans)
-                source, before = place.touched.setdefault(layer, (plain, start))
-                if before != start:
-                    raise ConfigError(DIFFERENT_BOUNDS)
-                for span in range(len(source)) if item.spans is None else item.spans:
+                source, _ = place.touched.setdefault(layer, (plain, start))
+                for span in item.touched(row.prompt):
                     source[span] = self._donor(row, item)
         return place
 
@@ -165,9 +159,10 @@ class Layout:
 
 
 def _prefix_end(row: Row) -> int:
-    """How far the prefix may reach for this row: to its first bound token or the first position read."""
-    bound = [first_bound(row.prompt, item) for item in row.branch if item.layers]
-    return min([*bound, *row.read_positions()])
+    """How far the prefix may reach for this row: to its first bound token or the first position read, and
+    not into the answer, which other rows of the prompt may not share."""
+    bound = [item.first_bound(row.prompt) for item in row.branch if item.layers and item.touched(row.prompt)]
+    return min([*bound, *row.read_positions(), row.prompt.length])
 
 
 def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:

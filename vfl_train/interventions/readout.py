@@ -69,9 +69,9 @@ class Row:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """What a row said. `logprobs`: log-probability (nats, float32) of each target token; `predicted`: the
-    argmax of the raw logits in its place; `greedy`: whether the two are the same token; `next_token`: the
-    argmax after the row's last token, for rows without targets (None for the others)."""
+    """What a row said. `logprobs`: log-probability (nats, in float32 at least) of each target token;
+    `predicted`: the argmax of the raw logits in its place; `greedy`: whether the two are the same token;
+    `next_token`: the argmax after the row's last token, for rows without targets (None for the others)."""
 
     logprobs: tuple[float, ...]
     predicted: tuple[int, ...]
@@ -122,7 +122,8 @@ def read_out(
     Args:
         path: `reference` (one full forward a row) or `engine` (shared prefix; rows that it cannot run
             exactly go to the reference path, and `cost` says how many and why).
-        batch_tokens: padded tokens a batch may hold (memory).
+        batch_tokens: padded tokens a batch may hold (memory). A row that is longer runs alone; what masks
+            take then is said in `reference`.
         cost: added to while reading.
 
     Raises ConfigError for an unknown path, layers or images that do not exist, swaps of unequal grids.

@@ -6,8 +6,13 @@ query, key and value after RoPE and the full mask in hand. Donor prompts run as 
 a swap reads their K and V where they are computed; nothing is stored. The state lives in a context
 variable and one config attribute, both restored on any exit.
 
-What is not covered: cross-attention to the image (mllama), attention with soft-capping or sinks; such
-models are refused.
+Memory beside the activations: of B sequences of T tokens (donors too) the mask, B T^2 bytes, and about as
+much twice over while transformers makes it; where the model has two kinds of mask (sliding layers), of both.
+What is widened to floats is bounded (`PAIRS_AT_A_TIME`). A drop in a prompt of 10,000 tokens takes 0.25 GB,
+a swap with its donor and two kinds of mask 0.7 GB (measured on tiny models). `batch_tokens` bounds B T, but
+one row and its donors always run.
+
+What is not covered: attention with sinks; such models are refused.
 """
 
 from __future__ import annotations
@@ -16,13 +21,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
 
 from vfl_train.errors import ConfigError
+from vfl_train.interventions.cross_attention import Blind, blinded, image_keys, skip_mlp
 from vfl_train.interventions.hooks import attention_named, run_again, silence, silenced_modules
 from vfl_train.interventions.intervention import (
     DIFFERENT_BOUNDS,
@@ -33,10 +40,13 @@ from vfl_train.interventions.intervention import (
 )
 from vfl_train.interventions.readout import Cost, Prompt, ReadOut, Row
 from vfl_train.models import VisionLanguageModel
-from vfl_train.models.batching import stack
+from vfl_train.models.batching import alike, stack
 from vfl_train.models.generation import check_finite
 
 NAME = "vfl_reference"
+# Pairs of query and key whose mask is widened to a bias at a time: 64 MB in float32. A sequence's whole mask
+# is kept as one byte a pair, 100 MB at 10,000 tokens.
+PAIRS_AT_A_TIME = 2**24
 
 
 @dataclass
@@ -57,18 +67,38 @@ class Plan:
     edits: dict[int, list[Edit]] = field(default_factory=dict)
     silenced: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     uniform: dict[int, list[int]] = field(default_factory=dict)
+    blind: Blind = field(default_factory=dict)
     again: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    attended: set[int] = field(default_factory=set)  # layers whose attention ran
+
+    def check_attended(self) -> None:
+        """Raises ConfigError for edits that no attention has seen: they would seem to have no effect."""
+        # A cross-attention layer does not run where there is no image.
+        if missed := {*self.edits, *self.uniform} - self.attended - {*self.blind}:
+            raise ConfigError(
+                f"the attention of layer {min(missed)} does not go through transformers' attention interface",
+                "interventions need a model whose does",
+            )
 
 
 _PLAN: ContextVar[Plan | None] = ContextVar("vfl_reference_plan", default=None)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float | None):
-    """[B, H, T, D] under an additive bias [B, 1, T, T]; grouped K and V are repeated."""
+def _attend(q, k, v, mask: torch.Tensor, scale: float | None, softcap: float | None) -> torch.Tensor:
+    """[B, H, S, D] under a mask [B, 1, S, T], bool (True: seen) or additive; grouped K and V are repeated.
+    `softcap`: scores are bent to stay below it (Gemma 2)."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap).tanh() * softcap
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    wide = torch.promote_types(torch.float32, q.dtype)
+    return scores.softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
 def noise_like(x: torch.Tensor, seed: int) -> torch.Tensor:
@@ -79,10 +109,12 @@ def noise_like(x: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def check_attention(module: torch.nn.Module, kwargs: dict) -> str | None:
-    """Why an attention with these arguments has no path here, or None."""
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        return f"{type(module).__name__} uses soft-capping or sinks, which no path computes"
-    return None
+    """Why only the reference path computes an attention with these arguments, or None. Raises ConfigError
+    where it does not either."""
+    for key, what in (("s_aux", "sinks"), ("position_bias", "a bias for positions")):
+        if kwargs.get(key) is not None:
+            raise ConfigError(f"{type(module).__name__} uses {what}, which no path computes")
+    return f"{type(module).__name__} uses soft-capping" if kwargs.get("softcap") is not None else None
 
 
 def _reference_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -90,33 +122,59 @@ def _reference_attention(module, query, key, value, attention_mask, scaling=None
     plan = _PLAN.get()
     if plan is None or attention_mask is None:
         raise ConfigError(f"{type(module).__name__} passes no attention mask: no reference path for it")
-    if (reason := check_attention(module, kwargs)) is not None:
-        raise ConfigError(reason)
+    check_attention(module, kwargs)
+    softcap = kwargs.get("softcap")
+    plan.attended.add(module.layer_idx)
     if module.layer_idx in plan.uniform:
         query = query.clone()
         query[plan.uniform[module.layer_idx]] = 0  # equal scores: equal weights
-    out = _attend(query, key, value, attention_mask, scaling)
-    edits = plan.edits.get(module.layer_idx)
-    if edits:
-        rows = torch.tensor([e.row for e in edits], device=query.device)
-        k, v, bias = key[rows], value[rows], attention_mask.expand(query.shape[0], -1, -1, -1)[rows].clone()
-        for i, edit in enumerate(edits):
-            for (start, stop), donor, (from_start, from_stop) in edit.swapped:
-                if donor is None:
-                    k[i, :, start:stop] = noise_like(k[i, :, start:stop], start)
-                    v[i, :, start:stop] = noise_like(v[i, :, start:stop], stop)
-                else:
-                    k[i, :, start:stop] = key[donor, :, from_start:from_stop]
-                    v[i, :, start:stop] = value[donor, :, from_start:from_stop]
-            for start, stop in edit.dropped:
-                bias[i, 0, :, start:stop] = torch.finfo(bias.dtype).min
-        bound = torch.stack([e.bound for e in edits])[:, None, :, None]
-        out[rows] = torch.where(bound, _attend(query[rows], k, v, bias, scaling), out[rows])
-    return out.transpose(1, 2).contiguous(), None
+    edits = plan.edits.get(module.layer_idx, [])
+    blind = plan.blind.get(module.layer_idx)
+    if blind is not None:  # its mask may be of the vision tower's number format
+        attention_mask = attention_mask == 0
+    rows, k, v, hidden = _edited(edits, key, value)
+    unseen = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    parts, step = [], max(1, PAIRS_AT_A_TIME // (key.shape[0] * key.shape[2]))
+    for start in range(0, query.shape[2], step):
+        q, mask = query[:, :, start : start + step], attention_mask[:, :, start : start + step]
+        part = _attend(q, key, value, mask, scaling, softcap)
+        if edits:
+            mask = mask.expand(len(q), -1, -1, -1)[rows].masked_fill(hidden, unseen)
+            bound = torch.stack([e.bound[start : start + step] for e in edits])[:, None, :, None]
+            read = _attend(q[rows], k, v, mask, scaling, softcap)
+            if blind is not None:
+                read = blinded(read, bound, mask, blind)
+            part[rows] = torch.where(bound, read, part[rows])
+        parts.append(part)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _edited(edits: Sequence[Edit], key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the bound queries of the edited rows read: (rows [E], K and V [E, Hkv, T, D], the keys that they
+    do not see, bool [E, 1, 1, T])."""
+    rows = torch.tensor([e.row for e in edits], dtype=torch.long, device=key.device)
+    k, v = key[rows], value[rows]
+    hidden = torch.zeros(len(edits), 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    for i, edit in enumerate(edits):
+        for (start, stop), donor, (from_start, from_stop) in edit.swapped:
+            if donor is None:
+                k[i, :, start:stop] = noise_like(k[i, :, start:stop], start)
+                v[i, :, start:stop] = noise_like(v[i, :, start:stop], stop)
+            else:
+                k[i, :, start:stop] = key[donor, :, from_start:from_stop]
+                v[i, :, start:stop] = value[donor, :, from_start:from_stop]
+        for start, stop in edit.dropped:
+            hidden[i, :, :, start:stop] = True
+    return rows, k, v, hidden
+
+
+def whole_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Which keys a query sees, bool [B, 1, T, T], also where attention is plainly causal."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 AttentionInterface.register(NAME, _reference_attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionMaskInterface.register(NAME, whole_mask)
 
 
 @contextmanager
@@ -125,6 +183,7 @@ def _installed(vlm: VisionLanguageModel, plan: Plan) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_PLAN.reset, _PLAN.set(plan))
         stack.enter_context(attention_named(vlm.text_config, NAME))
+        skip_mlp(vlm, plan.blind, {k: [e.row for e in edits] for k, edits in plan.edits.items()}, stack)
         for (layer, name), rows in plan.silenced.items():
             module = getattr(vlm.layers[layer], name)
             stack.callback(module.register_forward_hook(silence(rows)).remove)
@@ -136,8 +195,10 @@ def _installed(vlm: VisionLanguageModel, plan: Plan) -> Iterator[None]:
 
 
 def check_row(vlm: VisionLanguageModel, row: Row) -> None:
-    """Raises ConfigError for layers and images that do not exist and for swaps of unequal grids."""
+    """Raises ConfigError for layers and images that do not exist, for swaps of unequal grids, and for a layer
+    at which a branch binds different queries."""
     check_branch(row.branch)
+    bounds: dict[int, int] = {}
     for item in row.branch:
         item.check(vlm.num_layers)
         for layer in item.layers:
@@ -145,6 +206,10 @@ def check_row(vlm: VisionLanguageModel, row: Row) -> None:
         for span in item.spans or ():
             if not 0 <= span < len(row.prompt.spans):
                 raise ConfigError(f"image {span} is not in this prompt of {len(row.prompt.spans)}")
+        if item.kind not in WHOLE_SEQUENCE and item.touched(row.prompt):
+            first = item.first_bound(row.prompt)
+            if any(bounds.setdefault(layer, first) != first for layer in item.layers):
+                raise ConfigError(DIFFERENT_BOUNDS)
         if item.donor not in (None, NOISE):
             donor = row.donors[item.donor]
             if donor.grids != row.prompt.grids:
@@ -154,15 +219,18 @@ def check_row(vlm: VisionLanguageModel, row: Row) -> None:
                 )
 
 
-def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[list[Row], list[Prompt]]]:
-    """Consecutive rows and the donors they need, at most `batch_tokens` padded tokens a batch."""
+def _batches(
+    vlm: VisionLanguageModel, rows: Sequence[Row], batch_tokens: int
+) -> Iterator[tuple[list[Row], list[Prompt]]]:
+    """Consecutive rows, alike, and the donors they need, at most `batch_tokens` padded tokens a batch."""
     batch: list[Row] = []
     donors: dict[int, Prompt] = {}
     longest = 0
     for row in rows:
         new = {id(p): p for p in row.donors.values()}
         length = max(longest, row.prompt.length + len(row.answer), *(p.length for p in new.values()), 0)
-        if batch and length * (len(batch) + 1 + len(donors | new)) > batch_tokens:
+        full = length * (len(batch) + 1 + len(donors | new)) > batch_tokens
+        if batch and (full or alike(vlm, batch[0].prompt) != alike(vlm, row.prompt)):
             yield batch, list(donors.values())
             batch, donors = [], {}
             length = max(row.prompt.length + len(row.answer), *(p.length for p in new.values()), 0)
@@ -183,7 +251,7 @@ def _add_edits(
     width: int,
 ) -> None:
     """Enter one intervention of the batch row `index` into the plan."""
-    touched = range(len(row.prompt.spans)) if item.spans is None else sorted(item.spans)
+    touched = item.touched(row.prompt)
     if item.kind in WHOLE_SEQUENCE:
         for layer in item.layers:
             if item.kind == "uniform":
@@ -191,34 +259,31 @@ def _add_edits(
             elif item.kind == "rerun":
                 plan.again.setdefault((layer, item.at), []).append(index)
             else:
-                for name in silenced_modules(vlm, item.module):
+                for name in silenced_modules(vlm, layer, item.module):
                     plan.silenced.setdefault((layer, name), []).append(index)
         return
     if not touched:
         return  # nothing to read in a text-only prompt
     position = torch.arange(width)
-    bound = position >= row.prompt.spans[min(touched)][1]
-    if item.phase == "decode":
-        bound &= position >= row.prompt.length - 1
+    bound = position >= item.first_bound(row.prompt)
     for start, stop in row.prompt.spans:
         bound &= (position < start) | (position >= stop)
     for layer in item.layers:
         edit = Edit(index, bound)
         for s in touched:
+            keys = image_keys(vlm, layer, row.prompt, s)
             if item.kind == "drop":
-                edit.dropped.append(row.prompt.spans[s])
+                edit.dropped.append(keys)
             else:
                 donor = None if item.donor == NOISE else row.donors[str(item.donor)]
-                source = row.prompt.spans[s] if donor is None else donor.spans[s]
-                edit.swapped.append(
-                    (row.prompt.spans[s], None if donor is None else donor_rows[id(donor)], source)
-                )
+                source = keys if donor is None else image_keys(vlm, layer, donor, s)
+                edit.swapped.append((keys, None if donor is None else donor_rows[id(donor)], source))
         plan.edits.setdefault(layer, []).append(edit)
 
 
 def _plan(vlm: VisionLanguageModel, batch: list[Row], donors: list[Prompt], width: int) -> Plan:
     donor_rows = {id(p): len(batch) + i for i, p in enumerate(donors)}
-    plan = Plan()
+    plan = Plan(blind={layer: [] for layer in range(vlm.num_layers) if vlm.reads_across(layer)})
     for index, row in enumerate(batch):
         for item in row.branch:
             _add_edits(vlm, plan, index, row, item, donor_rows, width)
@@ -230,13 +295,11 @@ def _plan(vlm: VisionLanguageModel, batch: list[Row], donors: list[Prompt], widt
 
 
 def _merge(edits: list[Edit]) -> list[Edit]:
-    """One edit a row: a branch may touch different spans of a row at one layer, with equal bounds only."""
+    """One edit a row: a branch may touch different spans of a row at one layer (`check_row`: bound alike)."""
     merged: dict[int, Edit] = {}
     for edit in edits:
         first = merged.setdefault(edit.row, edit)
         if first is not edit:
-            if not torch.equal(first.bound, edit.bound):
-                raise ConfigError(DIFFERENT_BOUNDS)
             first.dropped += edit.dropped
             first.swapped += edit.swapped
     return list(merged.values())
@@ -250,13 +313,16 @@ def read_out_reference(
     do not exist and for swaps between unequal grids."""
     for row in rows:
         check_row(vlm, row)
-    for batch, donors in _batches(rows, batch_tokens):
+    for batch, donors in _batches(vlm, rows, batch_tokens):
         inputs = stack(vlm, [(r.prompt, r.answer) for r in batch] + [(p, ()) for p in donors])
         plan = _plan(vlm, batch, donors, inputs["input_ids"].shape[1])
         wanted = sorted({position for r in batch for position in r.read_positions()})
         keep = torch.tensor(wanted, device=vlm.device)
         with _installed(vlm, plan):
             logits = vlm.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        plan.check_attended()
+        if logits.shape[1] != len(wanted):  # some models make all logits, whatever is asked for
+            logits = logits[:, keep]
         if cost is not None:
             tokens = inputs["input_ids"].numel()
             cost.rows += len(batch)
@@ -274,7 +340,7 @@ def read_logits(
     """Read-outs from each row's logits [positions, V]; `columns`: where its read positions stand. Raises
     NumericError."""
     for row_logits, at, row in zip(logits, columns, rows, strict=False):
-        scores = row_logits[list(at)].float()
+        scores = row_logits[list(at)].to(torch.promote_types(row_logits.dtype, torch.float32))
         best, argmax = scores.max(-1)
         check_finite(best)
         predicted = argmax.tolist()

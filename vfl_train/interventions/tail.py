@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vfl_train.interventions.hooks import hidden_of, in_place_of, silence, silenced_modules
+from vfl_train.interventions.hooks import hidden_of, in_place_of, named, silence, silenced_modules
 from vfl_train.interventions.intervention import WHOLE_SEQUENCE, Branch
 from vfl_train.interventions.readout import Cost, Prompt, ReadOut, Row
 from vfl_train.interventions.reference import read_logits
@@ -197,7 +197,7 @@ class _Tail:
                 undo.enter_context(in_place_of(layer, partial(self.layer, index)))
             for module in ("attention", "mlp", "both"):
                 for index, slots in self.plan.slots("knockout", module=module).items():
-                    for name in silenced_modules(self.vlm, module):
+                    for name in silenced_modules(self.vlm, index, module):
                         hook = self._silencing(slots)
                         undo.callback(
                             getattr(self.vlm.layers[index], name).register_forward_hook(hook).remove
@@ -220,9 +220,10 @@ class _Tail:
 
     # --- one layer -------------------------------------------------------------------------------
 
-    def layer(self, index: int, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def layer(self, index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What stands in for decoder layer `index`: hidden states [bases, T, D] in and out; the last one
         returns [readers, positions, D] instead."""
+        kwargs = named(self.forwards[index], args, kwargs)
         hidden = self._let_in(hidden_states, self._carried(index, hidden_states), (index, False))
         if index in self.at_end:
             self.given[index] = kwargs

@@ -68,7 +68,9 @@ class TokenTensors:
         real = (query < length) & (key < length)
         leaks = seen & (query < start) & (key >= start)
         differs = (query >= start) & (seen != (key <= query))
-        if bool(((leaks | differs) & real).any()):
+        if bool((leaks & real).any()):
+            raise NotExact("the image sees the text after it (a bidirectional prefix?)")
+        if bool((differs & real).any()):
             raise NotExact("text does not see all before it (a sliding window shorter than the prompt?)")
 
 
@@ -76,6 +78,8 @@ def map_token_tensors(
     kwargs: dict[str, Any], cut: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> dict[str, Any]:
     """`cut` applied to every tensor with a token axis. Raises NotExact for tensors nobody knows of."""
+    if kwargs.get("shared_kv_states"):
+        raise NotExact("decoder layers read keys and values of earlier ones")
     out = {}
     for name, value in kwargs.items():
         if name in TOKEN_AXIS and value is not None:

@@ -35,7 +35,7 @@ def _attention(module: torch.nn.Module, query: torch.Tensor, *args, **kwargs):
     if rows_at is None:
         raise RuntimeError("uniform attention outside of its context")
     if (reason := check_attention(module, kwargs)) is not None:
-        raise ConfigError(reason)
+        raise ConfigError(f"{reason}, which uniform attention does not compute here")
     rows = rows_at(int(module.layer_idx))  # type: ignore[arg-type]
     if rows is not None:
         query = query.clone()

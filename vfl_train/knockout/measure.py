@@ -122,9 +122,9 @@ def _left_at(answer: Sequence[int], found: ReadOut) -> tuple[int, ...]:
 def forced(vlm: VisionLanguageModel, question: Question) -> tuple[Prompt, tuple[int, ...]]:
     """The prompt of a question and its label as tokens, the end token included. Raises DataError where the
     chat template begins an answer otherwise than it ends a prompt."""
-    images = question.opened()
-    prompt = vlm.prompt_of(question.messages, images)
-    whole = vlm.encoder.encode([*question.messages, assistant_message(question.answer)], images)
+    pictures = question.opened()
+    prompt = vlm.prompt_of(question.messages, *pictures)
+    whole = vlm.encoder.encode([*question.messages, assistant_message(question.answer)], *pictures)
     ids = whole.inputs["input_ids"][0]
     answer = ids[whole.answer_mask].tolist()
     full = torch.cat([prompt.inputs["input_ids"][0], torch.tensor(answer, dtype=ids.dtype)])

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from vfl_train.errors import NumericError
-from vfl_train.models.batching import stack
+from vfl_train.models.batching import alike, stack
 
 if TYPE_CHECKING:
     from vfl_train.interventions.readout import Prompt
@@ -73,8 +73,9 @@ def generate(
             length = prompts[order[0]].length
             size = max(1, batch_tokens // (length + max_new_tokens))
             size = min(size, batch_size or size)
-            batch = [i for i in order[:size] if prompts[i].length == length]
-            order = order[len(batch) :]
+            kind = alike(vlm, prompts[order[0]])
+            batch = [i for i in order[:size] if (prompts[i].length, alike(vlm, prompts[i])) == (length, kind)]
+            order = [i for i in order if i not in batch]
             inputs = stack(vlm, [(prompts[i], ()) for i in batch])
             ids = vlm.model.generate(**inputs, generation_config=config, logits_processor=[_Finite()])[
                 :, length:

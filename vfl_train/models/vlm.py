@@ -1,4 +1,4 @@
-"""VisionLanguageModel: a model, its processor, and where images sit in the prompt."""
+"""VisionLanguageModel: a model, its processor, and where images and videos sit in the prompt."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from vfl_train.data.collator import Encoder, pad_token_id
 from vfl_train.data.placeholders import Place
 from vfl_train.data.rows import Message, user_message
 from vfl_train.errors import ConfigError, HubError
+from vfl_train.hub.fetching import fetching
 from vfl_train.interventions.readout import Prompt
-from vfl_train.models.families import Family, family_of
+from vfl_train.models.families import Family, prepare, supported_family
+from vfl_train.models.obstacles import check_readable
 from vfl_train.models.quantize import bits_of, quantization
 from vfl_train.models.trust import check_model_folder
 from vfl_train.schemas import ModelInfo
@@ -31,6 +32,7 @@ from vfl_train.schemas import ModelInfo
 log = logging.getLogger(__name__)
 TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # configuration, templates, tokenizers
 BUNDLED = {"phantom": "planted", "phantom-unplanted": "unplanted"}
+KINDS = ("image", "video")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,16 +76,18 @@ def _commit(folder: Path) -> str | None:
 
 
 def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    try:
+    missing = ConfigError(
+        f"the Hub has no {repo} at {revision or 'main'}, or gives no access",
+        "check the name and revision; `hf auth login` for gated models",
+    )
+    with fetching(
+        missing=missing,
+        no_revision=missing,
+        failed=lambda reason: HubError(
+            f"cannot fetch {repo}: {reason}", "download it to a folder and give that"
+        ),
+    ):
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as e:
-        raise ConfigError(
-            f"the Hub has no {repo} at {revision or 'main'}, or gives no access",
-            "check the name and revision; `hf auth login` for gated models",
-        ) from e
-    except OSError as e:  # no connection, offline mode, HTTP errors
-        reason = str(e).strip().splitlines()[0]
-        raise HubError(f"cannot fetch {repo}: {reason}", "download it to a folder and give that") from e
 
 
 def _load(loader: Any, folder: Path, **options: Any) -> Any:
@@ -102,7 +106,10 @@ def load_processor(name: str, revision: str | None = None, max_pixels: int | Non
 
 
 def _processor(folder: Path, name: str, max_pixels: int | None) -> Any:
+    model_type = _load(AutoConfig, folder).model_type
+    supported_family(model_type)  # a family that is refused is refused before its weights are read
     processor = _load(AutoProcessor, folder)
+    prepare(processor, model_type)
     if not getattr(processor, "chat_template", None):
         raise ConfigError(f"{name} has no chat template", "use the instruct version of the model")
     if max_pixels is not None:
@@ -127,7 +134,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_attention(name: str) -> None:
+def _check_attention(name: str | None) -> None:
     """Raises ConfigError for an attention whose package is not there."""
     if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ConfigError(
@@ -158,12 +165,15 @@ class VisionLanguageModel:
         self.model, self.processor = model.eval(), processor
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.name_or_path, self.revision, self.folder = name_or_path, revision, folder
-        self.encoder = Encoder(processor)
         self.config = self.base.config
-        self.text_config = self.config.get_text_config(decoder=True)
         self.model_type: str = self.config.model_type
-        self.family: Family = family_of(self.model_type)
-        self.decoder_name, self.layers = find_layers(self.base, int(self.text_config.num_hidden_layers))
+        self.family: Family = supported_family(self.model_type)
+        self.text_config = self.config.get_text_config(decoder=True)
+        prepare(processor, self.model_type)
+        self.encoder = Encoder(processor)
+        depth = getattr(self.text_config, "num_hidden_layers", 0)
+        self.decoder_name, self.layers = find_layers(self.base, depth)
+        check_readable(self)
 
     @classmethod
     def load(
@@ -176,12 +186,13 @@ class VisionLanguageModel:
         max_pixels: int | None = None,
         adapter: str | None = None,
         load_in_8bit: bool = False,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
     ) -> VisionLanguageModel:
         """Load by folder, Hub id or bundled name, and put `adapter` (a PEFT folder) on it if given.
 
-        Safetensors only, remote code off. Weights in 4 or 8 bits: see `models.quantize`. Raises ConfigError
-        (a missing optional package too) or HubError.
+        Safetensors only, remote code off. Weights in 4 or 8 bits: see `models.quantize`. Attention is SDPA
+        unless asked otherwise, or eager where SDPA cannot do what the model does (soft-capping). Raises
+        ConfigError (a missing optional package too) or HubError.
         """
         bits = bits_of(load_in_4bit, load_in_8bit)
         _check_attention(attn_implementation)
@@ -242,10 +253,26 @@ class VisionLanguageModel:
         """Full module name of each decoder layer."""
         return [f"{self.decoder_name}.{i}" for i in range(self.num_layers)]
 
+    def reads_across(self, layer: int) -> bool:
+        """Whether a decoder layer reads the images by cross-attention (`Family.cross_attention`)."""
+        name = self.family.cross_attention
+        return name is not None and hasattr(self.layers[layer], name)
+
+    def attention_name(self, layer: int) -> str:
+        """The name of a decoder layer's attention inside the layer."""
+        return str(self.family.cross_attention) if self.reads_across(layer) else self.family.attention
+
+    @cached_property
+    def vision_keys(self) -> int:
+        """Keys of one image in a cross-attention layer. Raises ConfigError where there are none."""
+        if self.family.vision_keys is None:
+            raise ConfigError(f"a {self.model_type} reads no image by cross-attention")
+        return self.family.vision_keys(self.config)
+
     def attention(self, layer: int) -> nn.Module:
-        """The self-attention of a decoder layer. Raises ConfigError for a layer without one: what it reads
-        of the image, if anything, is not among the keys of the tokens (cross-attention, linear attention)."""
-        found = getattr(self.layers[layer], self.family.attention, None)
+        """The attention through which a decoder layer reads images, or would. Raises ConfigError for a layer
+        without one (linear attention)."""
+        found = getattr(self.layers[layer], self.attention_name(layer), None)
         if not isinstance(found, nn.Module):
             kind = type(self.layers[layer]).__name__
             raise ConfigError(
@@ -262,7 +289,8 @@ class VisionLanguageModel:
         names = [
             n
             for n in self.family.linears
-            if isinstance(inside.get(n), nn.Linear | _lora_layer()) and not (moe and n.startswith("mlp"))
+            if isinstance(inside.get(n), nn.Linear | _lora_layer())
+            and not (moe and n.startswith(self.family.mlp))
         ]
         if not names:
             raise ConfigError(f"layer {layer} of this {self.model_type} has no linear that LoRA can adapt")
@@ -276,6 +304,12 @@ class VisionLanguageModel:
             if isinstance(value, int):
                 return value
         raise ConfigError(f"the configuration of this {self.model_type} names no image token")
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The ids that stand for pieces of images and videos. Raises ConfigError as `image_token_id`."""
+        found = (getattr(self.config, key, None) for key in ("video_token_id", "video_token_index"))
+        return (self.image_token_id, *(i for i in found if isinstance(i, int) and i != self.image_token_id))
 
     @cached_property
     def pad_token_id(self) -> int:
@@ -295,22 +329,40 @@ class VisionLanguageModel:
 
     # --- prompts -------------------------------------------------------------------------------
 
-    def prompt(self, question: str, images: Sequence[Any]) -> Prompt:
-        """`images` (PIL) followed by `question` as one user turn with the generation prompt.
-        Raises ConfigError if the images cannot be found among the tokens."""
-        return self.prompt_of([user_message(question, len(images))], images)
+    def prompt(
+        self, question: str, images: Sequence[Any] = (), videos: Sequence[Sequence[Any]] = ()
+    ) -> Prompt:
+        """`images` (PIL), then `videos` (each a list of PIL frames of one size), then `question` as one user
+        turn with the generation prompt.
 
-    def prompt_of(self, messages: Sequence[Message], images: Sequence[Any]) -> Prompt:
+        Raises:
+            ConfigError: they cannot be found among the tokens, or this family's videos are not supported.
+            RowError: the processor cannot encode it.
+        """
+        message = user_message(question, len(images), videos=len(videos))
+        return self.prompt_of([message], images, videos)
+
+    def prompt_of(
+        self, messages: Sequence[Message], images: Sequence[Any], videos: Sequence[Sequence[Any]] = ()
+    ) -> Prompt:
         """A conversation that waits for an answer, as training would encode it. Errors as `prompt`."""
-        encoded = self.encoder.encode_prompt(messages, list(images))
-        return self.located(encoded.inputs, len(images), encoded.places)
+        encoded = self.encoder.encode_prompt(messages, list(images), videos)
+        return self.located(encoded.inputs, len(images) + len(videos), encoded.places)
 
     def located(self, inputs: dict[str, torch.Tensor], images: int, places: Sequence[Place] = ()) -> Prompt:
-        """`inputs` of one sample with the token span of each image, from its first to its last placeholder.
-        `places`: where the encoder put the images; without them each run of placeholders is an image.
-        Raises ConfigError if the images cannot be told apart."""
-        is_image = inputs["input_ids"][0] == self.image_token_id
-        spans = _runs(is_image)
+        """`inputs` of one sample with the token span of each of its `images` images and videos, in the order
+        of the prompt: from the first to the last placeholder, timestamps between frames included.
+        `places`: where the encoder put them; without them each run of placeholders is an image.
+        Raises ConfigError if they cannot be told apart, or if this family's videos are not supported."""
+        filmed = "pixel_values_videos" in inputs or any(place.frames for place in places)
+        if filmed and not (self.family.video and places):
+            raise ConfigError(
+                f"videos in a prompt of {self.model_type} are not supported",
+                "give the frames as images, or use a family with videos (vfl_train/models/families)",
+            )
+        is_image = torch.isin(inputs["input_ids"][0], torch.tensor(self.placeholder_ids))
+        # Not among the tokens: an empty span for each placeholder (see interventions.cross_attention).
+        spans = [(0, 0)] * int(is_image.sum()) if self.family.cross_attention else _runs(is_image)
         if places:
             at = is_image.nonzero()[:, 0]
             inside = [at[(at >= place.start) & (at < place.stop)].tolist() for place in places]
@@ -326,19 +378,31 @@ class VisionLanguageModel:
     def _grids(
         self, inputs: dict[str, torch.Tensor], spans: Sequence[tuple[int, int]], places: Sequence[Place]
     ) -> list[tuple[int, ...]]:
-        """What must be equal for two images to be swapped: the processor's grid, else the tiles the family
-        says, else the number of tokens and which of them are not placeholders."""
-        if "image_grid_thw" in inputs:
-            return [tuple(row) for row in inputs["image_grid_thw"].tolist()]
+        """What must be equal for two images or videos to be swapped: the number of frames, the processor's
+        grid, else the tiles the family says, else the number of tokens and which are not placeholders."""
+        rows = {kind: inputs[f"{kind}_grid_thw"].tolist() for kind in KINDS if f"{kind}_grid_thw" in inputs}
+        if rows and not places:
+            return [tuple(row) for row in rows["image"]]
+        if rows:
+            left = {kind: iter(found) for kind, found in rows.items()}
+            return [
+                (place.frames, *next(left["video"])) if place.frames else tuple(next(left["image"]))
+                for place in places
+            ]
+        if "aspect_ratio_ids" in inputs:
+            return [(ratio,) for ratio in inputs["aspect_ratio_ids"][0].tolist()]
         ids = inputs["input_ids"][0]
         grids: list[tuple[int, ...]] = []
         for start, stop in spans:
             inside = ids[start:stop]
-            others = (inside != self.image_token_id).nonzero()[:, 0]
+            others = (~torch.isin(inside, torch.tensor(self.placeholder_ids))).nonzero()[:, 0]
             grids.append((stop - start, *torch.stack([others, inside[others]], 1).flatten().tolist()))
-        if self.family.tiles is not None and places:
-            tiles = [self.family.tiles(self.processor, place.size) for place in places]
-            grids = [(*grid, *tile) for grid, tile in zip(grids, tiles, strict=True)]
+        images = sum(not place.frames for place in places)
+        for n, place in enumerate(places):
+            if place.frames:
+                grids[n] = (place.frames, *grids[n])
+            elif self.family.tiles is not None:
+                grids[n] = (*grids[n], *self.family.tiles(self.processor, place.size, images))
         return grids
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -358,6 +422,7 @@ def find_layers(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]
     """Name and list of the text decoder's layers: the `layers` of the module that transformers calls the
     decoder. Raises ConfigError where there is no such list of the configured depth."""
     decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "layers") else getattr(decoder, "model", None)  # below its head
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != depth:
         raise ConfigError(f"cannot find the {depth} decoder layers of {type(model).__name__}")

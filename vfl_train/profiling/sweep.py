@@ -114,7 +114,7 @@ class Sweeper:
         """The prompts of a pair. Raises ConfigError or DataError naming function and line."""
         where = f"{self.label}: line {loaded.line}"
         try:
-            a, b = (self.vlm.prompt(loaded.pair.question, [i]) for i in (loaded.image_a, loaded.image_b))
+            a, b = (self.vlm.prompt(loaded.pair.question, *s) for s in (loaded.shown_a, loaded.shown_b))
         except VflError as e:
             kind = DataError if isinstance(e, DataError) else ConfigError
             raise kind(f"{where}: {e.message}", e.fix) from e
@@ -132,15 +132,15 @@ class Sweeper:
         self, pairs: Sequence[LoadedPair]
     ) -> Iterator[list[tuple[AnsweredPair, Direction, Direction]]]:
         """Generate every base output once and yield, chunk by chunk, the pairs answered right under their
-        `match`, with both directions. An output that holds the image placeholder counts as wrong: it cannot
-        be forced, for no image stands behind it."""
-        placeholder = self.vlm.image_token_id
+        `match`, with both directions. An output that holds a placeholder counts as wrong: it cannot be
+        forced, for no image stands behind it."""
+        placeholders = {*self.vlm.placeholder_ids}
         for chunk in self._chunks([(p, p) for p in pairs], "pairs"):
             kept = []
             for (loaded, *prompts), (a, b) in zip(chunk, self._own_outputs(chunk), strict=True):
                 p = loaded.pair
                 right = matches(a.text, p.answer_a, p.match) and matches(b.text, p.answer_b, p.match)
-                if right and placeholder not in (*a.tokens, *b.tokens):
+                if right and not placeholders & {*a.tokens, *b.tokens}:
                     found = AnsweredPair(loaded, a, b, prompts[0].grids)
                     kept.append((found, *_directions(found, *prompts)))
                     self.plain += sum(

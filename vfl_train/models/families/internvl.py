@@ -11,17 +11,17 @@ from typing import Any
 from vfl_train.models.families.family import Family
 
 
-def tiles(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+def tiles(processor: Any, size: tuple[int, int], images: int = 1) -> tuple[int, int]:
     """(columns, rows) of the tiles that an image of `size` (width, height) is cut into."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-    images, (width, height) = processor.image_processor, size
+    settings, (width, height) = processor.image_processor, size
     # The processor's own setting wins over the image processor's, as in its call.
-    crop = processor.images_kwargs.get("crop_to_patches", images.crop_to_patches)
-    if not crop or images.max_patches <= 1:
+    crop = processor.images_kwargs.get("crop_to_patches", settings.crop_to_patches)
+    if not crop or settings.max_patches <= 1:
         return 1, 1
-    tile = (images.size["height"], images.size["width"])
-    return get_optimal_tiled_canvas((height, width), tile, images.min_patches, images.max_patches)
+    tile = (settings.size["height"], settings.size["width"])
+    return get_optimal_tiled_canvas((height, width), tile, settings.min_patches, settings.max_patches)
 
 
-INTERNVL = Family(tiles=tiles, box="relative-1000")
+INTERNVL = Family(tiles=tiles, box="relative-1000", video=True)

@@ -10,6 +10,6 @@ from __future__ import annotations
 
 from vfl_train.models.families.family import Family
 
-QWEN2_VL = Family(box="relative-1000")
-QWEN2_5_VL = Family(box="pixels")
-QWEN3_VL = Family(box="relative-1000", adds_between_layers=True)
+QWEN2_VL = Family(box="relative-1000", video=True)
+QWEN2_5_VL = Family(box="pixels", video=True)
+QWEN3_VL = Family(box="relative-1000", adds_between_layers=True, video=True)
