@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_vlm
 from training_rows import Adapted, largest_difference, rows_of, write_rows
 from trl.trainer.utils import add_fused_lm_head
 
 from vfl_train.config import LoraConfig
 from vfl_train.data.rows import Row
+from vfl_train.errors import ConfigError
 from vfl_train.training.adapter import trainable_parameters
 from vfl_train.training.frozen import limit_backward
-from vfl_train.training.supervised import pointwise_modules, supervised_only
+from vfl_train.training.supervised import check_head, pointwise_modules, supervised_only
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "internvl")
 LAYERS = "2-3"
@@ -75,6 +77,12 @@ def test_rows_without_supervision_and_forwards_without_labels_run_whole(rows: li
     with torch.no_grad():
         assert torch.equal(a.model(**asked).logits, plain)
     assert not any("forward" in module.__dict__ for module in pointwise_modules(a.vlm))
+
+
+def test_a_model_without_a_body_of_its_own_is_refused() -> None:
+    check_head(tiny_vlm("llava"))
+    with pytest.raises(ConfigError, match="a llama4 cannot be trained here"):
+        check_head(tiny_vlm("llama4"))
 
 
 @pytest.mark.parametrize("cache", [False, True])

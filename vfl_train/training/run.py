@@ -107,6 +107,9 @@ def _train_one(config: LoraConfig, source: Path | None, profile: Profile | None,
 def _make_plan(
     config: LoraConfig, profile: Profile | None, vlm: VisionLanguageModel, warn: bool = True
 ) -> LayerPlan:
+    from vfl_train.training.supervised import check_head
+
+    check_head(vlm)
     choice = choose_layers(
         vlm.info,
         profile=profile,

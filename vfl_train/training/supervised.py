@@ -43,6 +43,16 @@ def supervised_only(vlm: VisionLanguageModel) -> Iterator[None]:
         yield
 
 
+def check_head(vlm: VisionLanguageModel) -> None:
+    """Raises ConfigError for a model that does not come apart into a body and TRL's loss head (Llama 4)."""
+    if vlm.base.base_model is vlm.base:
+        raise ConfigError(
+            f"a {vlm.model_type} cannot be trained here: it gives no hidden states apart from its logits, "
+            "which TRL's loss head needs",
+            "profile, select and eval work; train another model",
+        )
+
+
 def pointwise_modules(vlm: VisionLanguageModel) -> list[nn.Module]:
     """The modules of the last layer whose output at a position nobody but that position reads."""
     last = vlm.num_layers - 1
